@@ -1,0 +1,1 @@
+"""What an agent acts on: tasks, tools, sandbox, retrieval, grading, and the env contract (`envs.base`)."""

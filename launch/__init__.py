@@ -1,0 +1,1 @@
+"""Wires the packages into jobs; the only place that knows the whole."""

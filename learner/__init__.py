@@ -1,0 +1,1 @@
+"""How a student learns: examples, masks, objectives, DeepSpeed, checkpoints."""

@@ -1,0 +1,221 @@
+"""The one place that turns messages into token ids and typed spans: for prompts at rollout and for training rows alike.
+
+Every piece of a conversation (the template's own text, each content) is tokenised on its own, and an assistant turn whose
+ids were sampled is taken as it was sampled. So a longer conversation only ever appends: the prompt that a student sees at
+rollout is, token for token, a prefix of the row that it was trained on. Templates for which that cannot be proven are refused.
+
+Example::
+
+    renderer = Renderer(tokenizer)
+    ids = renderer.prompt(messages)                   # ends with the generation prompt
+    row = renderer.row(messages)                      # ids, span types, and which tokens the student must produce
+    assert row.token_ids[:len(ids)] == ids
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.trajectory import Message, Role, Span, SpanType
+
+
+class RenderingError(ValueError):
+    """A conversation that cannot be rendered exactly; the message says why. Such a row is refused, never guessed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A conversation as tokens."""
+
+    token_ids: tuple[int, ...]
+    """[n]"""
+    span_types: tuple[SpanType, ...]
+    """[n] what each token is; a template's own tokens are FORMAT."""
+    trained: tuple[bool, ...]
+    """[n] True for what a policy must produce: assistant contents and the stop token that ends each."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The template's own text around n contents."""
+
+    before: tuple[tuple[str, ...], ...]
+    """[n] texts before each content, each tokenised on its own (before an assistant's: the prompt's end, then the
+    generation prompt, exactly as they are at rollout)."""
+    after: str
+    generation_prompt: str
+
+
+_DEFAULT_SPAN: dict[Role, SpanType] = {
+    "system": SpanType.SYSTEM,
+    "user": SpanType.USER,
+    "assistant": SpanType.FORMAT,
+}
+
+
+class Renderer:
+    """Renders conversations for one tokenizer (a Hugging Face fast tokenizer with a chat template).
+
+    Raises `RenderingError` at construction when the tokenizer has no chat template or no end-of-turn token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise RenderingError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; give it one")
+        if tokenizer.eos_token_id is None:
+            raise RenderingError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, so turns cannot end")
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise RenderingError(
+                f"tokenizer {tokenizer.name_or_path!r} pads with its stop token {tokenizer.eos_token!r}; "
+                "set another pad token, or stopping is never learned"
+            )
+        self.tokenizer = tokenizer
+        self.stop_token: str = tokenizer.eos_token
+        self.stop_token_id: int = tokenizer.eos_token_id
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = frozenset(added | set(tokenizer.all_special_ids))
+        self._pieces: dict[tuple[Role, ...], _Pieces] = {}
+        self._literal_ids: dict[str, tuple[int, ...]] = {}
+
+    def prompt(self, messages: Sequence[Message], prefix: str = "") -> tuple[int, ...]:
+        """Ids of `messages` + the generation prompt (+ `prefix`, the beginning of the assistant's turn)."""
+        pieces = self._split(tuple(message.role for message in messages))
+        row = self._body(messages, pieces)
+        ids = row.token_ids + self._literal(pieces.generation_prompt)
+        return ids + self._content(prefix)[0] if prefix else ids
+
+    def row(self, messages: Sequence[Message]) -> Row:
+        """The training row of a whole conversation; it must end with an assistant turn."""
+        if not messages or messages[-1].role != "assistant":
+            raise RenderingError("a training row must end with an assistant turn")
+        return self._body(messages, self._split(tuple(message.role for message in messages)))
+
+    # -- how it is put together
+
+    def _body(self, messages: Sequence[Message], pieces: _Pieces) -> Row:
+        ids: list[int] = []
+        types: list[SpanType] = []
+        trained: list[bool] = []
+
+        def add(new_ids: Sequence[int], new_types: Sequence[SpanType], train: bool) -> None:
+            ids.extend(new_ids)
+            types.extend(new_types)
+            trained.extend([train] * len(new_ids))
+
+        for i, message in enumerate(messages):
+            before = [token for text in pieces.before[i] for token in self._literal(text)]
+            add(before, [SpanType.FORMAT] * len(before), False)
+            content_ids, content_types = self._typed_content(message)
+            is_assistant = message.role == "assistant"
+            add(content_ids, content_types, is_assistant)
+            if is_assistant and (not content_ids or content_ids[-1] != self.stop_token_id):
+                # A turn that was sampled but cut off never chose to stop: its stop token is context, not a target.
+                add([self.stop_token_id], [SpanType.FORMAT], message.token_ids is None)
+        if messages and messages[-1].role != "assistant":
+            after = self._literal(pieces.after)
+            add(after, [SpanType.FORMAT] * len(after), False)
+        return Row(tuple(ids), tuple(types), tuple(trained))
+
+    def _typed_content(self, message: Message) -> tuple[tuple[int, ...], tuple[SpanType, ...]]:
+        default = _DEFAULT_SPAN[message.role]
+        if message.token_ids is not None:
+            ids = message.token_ids
+            ends = self._decoded_ends(ids)
+        else:
+            ids, ends = self._content(message.content)
+        if not message.spans:
+            return ids, (default,) * len(ids)
+        return ids, tuple(_type_at(message.spans, end - 1, default) for end in ends)
+
+    def _content(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids and end offsets (characters) of a content; text that spells a special token stays plain text."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+        )
+        ids = tuple(encoded["input_ids"])
+        if not self._special_ids.isdisjoint(ids):
+            raise RenderingError(f"content spells a special token that the tokenizer cannot split: {text[:80]!r}")
+        return ids, tuple(end for _, end in encoded["offset_mapping"])
+
+    def _decoded_ends(self, ids: Sequence[int]) -> list[int]:
+        """End offset of each sampled token in the decoded text (the text grows by decoding, so multi-byte tokens are right)."""
+        decode = self.tokenizer.decode
+        return [len(decode(list(ids[: i + 1]), skip_special_tokens=True)) for i in range(len(ids))]
+
+    def _literal(self, text: str) -> tuple[int, ...]:
+        if text not in self._literal_ids:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            self._literal_ids[text] = tuple(ids)
+        return self._literal_ids[text]
+
+    def _split(self, roles: tuple[Role, ...]) -> _Pieces:
+        if roles not in self._pieces:
+            self._pieces[roles] = self._split_now(roles)
+        return self._pieces[roles]
+
+    def _split_now(self, roles: tuple[Role, ...]) -> _Pieces:
+        literals, generation_prompt = self._literals(roles)
+        before: list[tuple[str, ...]] = []
+        for i, role in enumerate(roles):
+            # The stop token belongs to the assistant's turn, so the text after that turn begins behind it.
+            after_assistant = i > 0 and roles[i - 1] == "assistant"
+            if role == "assistant":
+                self._check_stop(literals[i + 1])
+            if role == "assistant" and i > 0:
+                end, start = self._prompt_end(roles[:i], literals[: i + 1])
+                before.append((end.removeprefix(self.stop_token) if after_assistant else end, start))
+            else:
+                before.append((literals[i].removeprefix(self.stop_token) if after_assistant else literals[i],))
+        return _Pieces(tuple(before), literals[-1], generation_prompt)
+
+    def _literals(self, roles: tuple[Role, ...]) -> tuple[list[str], str]:
+        """The template's text before content 0, 1, ..., after the last one; and its generation prompt."""
+        marks = [f"content{uuid.uuid4().hex}" for _ in roles]
+        conversation = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        whole = self._apply(conversation, False)
+        literals, rest = [], whole
+        for mark in marks:
+            before, found, rest = rest.partition(mark)
+            if not found:
+                raise RenderingError(f"the chat template drops or changes a message of the roles {roles}")
+            literals.append(before)
+        literals.append(rest)
+        with_prompt = self._apply(conversation, True)
+        if not with_prompt.startswith(whole):
+            raise RenderingError("the chat template changes the conversation when a generation prompt is added")
+        return literals, with_prompt[len(whole) :]
+
+    def _check_stop(self, after: str) -> None:
+        if not after.startswith(self.stop_token):
+            raise RenderingError(
+                f"the chat template does not end an assistant turn with the stop token {self.stop_token!r} "
+                f"but with {after[:40]!r}"
+            )
+
+    def _prompt_end(self, roles: tuple[Role, ...], row_literals: list[str]) -> tuple[str, str]:
+        """How the rollout's prompt for the next turn ends; it must be what the row has before that turn."""
+        literals, generation_prompt = self._literals(roles)
+        if [*literals[:-1], literals[-1] + generation_prompt] != row_literals:
+            raise RenderingError(
+                "the chat template renders earlier turns differently once the assistant has answered, "
+                "so the prompt at rollout is no prefix of the training row"
+            )
+        return literals[-1], generation_prompt
+
+    def _apply(self, conversation: list[dict[str, str]], generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=generation_prompt, return_dict=False
+        )
+
+
+def _type_at(spans: Sequence[Span], position: int, default: SpanType) -> SpanType:
+    for span in spans:
+        if span.start <= position < span.end:
+            return span.type
+    return default
