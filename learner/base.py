@@ -1,0 +1,87 @@
+"""The learner's seams: where trajectories come from (`TrajectorySource`), and what a run tells (`Progress`).
+
+No torch, no Ray. `learner.trainer.Learner` is one rank of a run; `learner.learner_actor.LearnerGroup` is all ranks as
+Ray actors.
+
+Example::
+
+    learner = Learner(config, source)             # one rank in this process; `source` may be None on ranks other than 0
+    final = learner.run()                         # Progress; final.student_dir is the exported student
+    learner.progress()                            # from another thread, while it runs
+
+    group = LearnerGroup.start(config, source)    # config.ranks Ray actors; `source` is pickled to rank 0
+    refs = group.run()                            # one ref per rank, returns at once
+    group.progress(); group.stop()                # snapshots; end after the present step, checkpoint and export
+    final = group.result(timeout_s=1200)          # Progress of rank 0; raises LearnerError when any rank died
+    group.shutdown()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rollout.trajectory import Trajectory
+
+
+class LearnerError(RuntimeError):
+    """The learner cannot go on: a dead rank, no data in time, a checkpoint of another run; the message says which."""
+
+
+class TrajectorySource(Protocol):
+    """Trajectories as they are finished. Only rank 0 asks."""
+
+    def next(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
+        """1 to `max_trajectories` of them, [] when none came within `timeout_s`, None when the stream has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A run at one moment; numbers of the last optimizer step unless said otherwise. Picklable and JSON-able."""
+
+    step: int = 0
+    """Optimizer steps so far, those before a resume included."""
+    epoch: int = 0
+    """Passes over the trajectories that are complete."""
+    fraction: float = 0.0
+    """Of the whole run, in [0, 1]; the learning rate follows it."""
+    loss: float = 0.0
+    """Weighted mean over the step's trained tokens, all ranks."""
+    loss_by_span: Mapping[str, float] = field(default_factory=dict)
+    """Unweighted mean per span type."""
+    validation_loss: float | None = None
+    """At the end of the last pass; None where nothing is held out."""
+    grad_norm: float = 0.0
+    """Before clipping."""
+    lr: float = 0.0
+    tokens: int = 0
+    """All tokens of the rows trained on so far, padding not counted: what `max_tokens` counts."""
+    trained_tokens: int = 0
+    """Those of them that the student had to produce."""
+    rows: int = 0
+    """Rows trained on so far, each pass counted."""
+    trajectories: int = 0
+    """Arrived from the source so far, in this process."""
+    examples: int = 0
+    """Kept for training."""
+    held_out: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> trajectories that are not trained on."""
+    tokens_per_s: float = 0.0
+    """Over the time spent in steps, in this process."""
+    train_s: float = 0.0
+    """Spent in optimizer steps, in this process."""
+    wait_s: float = 0.0
+    """Spent waiting for trajectories, in this process."""
+    first_step_unix_s: float | None = None
+    """When the first optimizer step of this process ended."""
+    trajectories_at_first_step: int = 0
+    """How many had arrived by then: below the total when training overlapped with rollouts."""
+    resumed_from_step: int = 0
+    snapshots: Mapping[str, str] = field(default_factory=dict)
+    """Fraction ("0.5") -> folder of the student exported there."""
+    student_dir: str | None = None
+    """The final export, once the run has ended."""
+    done: bool = False

@@ -1,0 +1,184 @@
+"""Everything that can be set about a learner: `LearnerConfig` and `LoraConfig`.
+
+Plain dataclasses, checked when they are made: a wrong value stops the run before a model loads. The defaults train the
+2 M parameter starter student on one CPU core; a large student on GPUs wants `zero_stage`, `precision="bf16"`,
+`gradient_checkpointing` and perhaps `lora`.
+
+Example::
+
+    LearnerConfig(model_path="learner/base_student/checkpoint", output_dir="runs/a/learner", max_tokens=3_000_000)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["fp32", "autocast", "bf16"]
+Batching = Literal["auto", "bucketed", "packed"]
+OptimizerName = Literal["muon", "adamw"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the value and what would be right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) instead of full training; merged into the weights at export."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target: str = "all-linear"
+    """"all-linear", or a comma-separated list of module names such as "q_proj,v_proj"."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        _check(self.alpha > 0, f"lora.alpha is {self.alpha}; it must be above 0")
+        _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
+        _check(bool(self.target.strip()), "lora.target is empty; use 'all-linear' or names such as 'q_proj,v_proj'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """One learner run. Raises `ConfigError`."""
+
+    model_path: str
+    """Folder (or hub name) of the student to start from: config, weights, tokenizer with chat template."""
+    output_dir: str
+    """The learner's own folder: `checkpoints/`, `student/` (the final export), `snapshots/<percent>/`."""
+
+    # -- what is learned
+    objective: str = "sft"
+    """Name of a file in `learner/objectives`."""
+    span_weights: Mapping[str, float] = field(default_factory=dict)
+    """Span type ("thought", "code", "answer", "format") -> weight of its tokens in the loss; 1 where absent."""
+    system_prompt: str | None = None
+    """The student's own system prompt; "" for none; None keeps the trajectory's."""
+    validation_share: float = 0.0
+    """Share of tasks (by hash of the task id) that is held out and only measured."""
+
+    # -- for how long: exactly one of `epochs` and `max_tokens`
+    epochs: int | None = None
+    """Passes over the trajectories; the first is the stream itself."""
+    max_tokens: int | None = None
+    """Tokens to train on (all tokens of the rows, padding not counted), in as many passes as that takes."""
+    expected_trajectories: int | None = None
+    """How many the stream will bring; lets the learning-rate schedule with `epochs` advance during the first pass."""
+
+    # -- optimizer
+    optimizer: OptimizerName = "muon"
+    """"muon": Muon on the layers' matrices, AdamW on embeddings, norms and biases; "adamw": AdamW on everything."""
+    lr: float = 1.5e-3
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 1.2e-3
+    """Peak learning rate of Muon (scaled to AdamW's update size)."""
+    muon_momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    """On matrices alone; embeddings, norms and biases are not decayed."""
+    warmup_steps: int = 60
+    final_lr_fraction: float = 0.02
+    """The schedule falls linearly from the peak to this fraction of it."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    # -- batches
+    tokens_per_step: int = 4096
+    """Budget of one optimizer step over all ranks."""
+    micro_batch_tokens: int = 4096
+    """Budget of one forward pass on one rank, padding included."""
+    max_row_tokens: int = 1024
+    """A longer trajectory is refused."""
+    batching: Batching = "auto"
+    """"bucketed": rows of similar length, padded; "packed": rows joined without padding; "auto": bucketed on CPU."""
+
+    # -- engine
+    zero_stage: int = 0
+    ranks: int = 1
+    precision: Precision = "autocast"
+    """"autocast": fp32 weights, bf16 products; "bf16": bf16 weights with fp32 masters; "fp32"."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the student's layers (needs a C++ compiler on CPU)."""
+    threads: int = 1
+    """CPU threads per rank."""
+    lora: LoraConfig | None = None
+
+    # -- keeping
+    seed: int = 0
+    checkpoint_every_steps: int = 0
+    """0: no checkpoint but the last."""
+    keep_checkpoints: int = 2
+    resume: bool = True
+    """Go on from the newest checkpoint in `output_dir` when there is one."""
+    snapshot_at: tuple[float, ...] = ()
+    """Fractions of the run after which the student is exported, e.g. (0.5,)."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    # -- waiting
+    data_timeout_s: float = 600.0
+    """Longest wait for the next trajectory before the run gives up."""
+    collective_timeout_s: float = 120.0
+    """Longest wait of one rank for another."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.model_path), "model_path is empty; name the folder of the student to start from")
+        _check(bool(self.output_dir), "output_dir is empty; name the folder for checkpoints and the student")
+        _check(
+            (self.epochs is None) != (self.max_tokens is None),
+            f"epochs is {self.epochs} and max_tokens is {self.max_tokens}; set exactly one of them",
+        )
+        if self.epochs is not None:
+            _at_least("epochs", self.epochs, 1)
+        if self.max_tokens is not None:
+            _at_least("max_tokens", self.max_tokens, 1)
+        if self.expected_trajectories is not None:
+            _at_least("expected_trajectories", self.expected_trajectories, 1)
+        _one_of("optimizer", self.optimizer, ("muon", "adamw"))
+        _one_of("batching", self.batching, ("auto", "bucketed", "packed"))
+        _one_of("precision", self.precision, ("fp32", "autocast", "bf16"))
+        _one_of("export_dtype", self.export_dtype, ("float32", "bfloat16"))
+        _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
+        for name in ("lr", "muon_lr", "data_timeout_s", "collective_timeout_s"):
+            _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("warmup_steps", "checkpoint_every_steps", "weight_decay", "gradient_clipping"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("ranks", "threads", "keep_checkpoints"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_row_tokens", self.max_row_tokens, 8)
+        for name in ("tokens_per_step", "micro_batch_tokens"):
+            _check(
+                getattr(self, name) >= self.max_row_tokens,
+                f"{name} is {getattr(self, name)}; it must be at least max_row_tokens, {self.max_row_tokens}",
+            )
+        _check(0 <= self.final_lr_fraction <= 1, f"final_lr_fraction is {self.final_lr_fraction}; it must be in [0, 1]")
+        _check(0 <= self.muon_momentum < 1, f"muon_momentum is {self.muon_momentum}; it must be in [0, 1)")
+        _check(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"betas is {self.betas}; it must be two numbers in [0, 1)",
+        )
+        _check(0 <= self.validation_share < 1, f"validation_share is {self.validation_share}; it must be in [0, 1)")
+        _check(
+            all(0 < at < 1 for at in self.snapshot_at),
+            f"snapshot_at is {self.snapshot_at}; each must be between 0 and 1 (the end is always exported)",
+        )
+        trained = ("thought", "code", "answer", "format")
+        for name, weight in self.span_weights.items():
+            _check(name in trained, f"span_weights names {name!r}; it is trained on {', '.join(trained)} alone")
+            _check(weight >= 0, f"span_weights[{name!r}] is {weight}; it must not be negative")
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    _check(value >= least, f"{name} is {value}; it must be at least {least}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    _check(value in allowed, f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
