@@ -1,0 +1,111 @@
+"""The base student's tokenizer: byte-level BPE with single digits, trained on the generic text and on common words.
+
+Byte fallback means that any text encodes and decodes to itself. Besides the generic text it is shown the marks of agent formats
+and of Markdown, because a pretrained model's tokenizer knows those strings; the model itself never sees them in pretraining.
+
+    >>> build_tokenizer(seed=0).tokenize("x = 4821")     # ['x', 'Ġ', '=', 'Ġ', '4', '8', '2', '1']
+"""
+
+import itertools
+import random
+from typing import TYPE_CHECKING
+
+from learner.base_student.generic_text import END_OF_TEXT, TURN_END, TURN_START, documents
+from learner.base_student.made_up import name_syllables
+from learner.base_student.word_lists import (
+    ADJECTIVES,
+    FIELD_NAMES,
+    FUNCTION_WORDS,
+    NOUNS,
+    OTHER_VERBS,
+    PYTHON_WORDS,
+    UNITS,
+    VERBS_PAST,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VOCABULARY_SIZE = 3072
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# One digit a piece, so that a number is copied digit by digit; a capital starts a piece, so that a name is the same after
+# any mark; marks take the spaces around them, but leave a lower-case word its own space, so that it stays one token everywhere.
+PIECES = r"[0-9]|[A-Z][a-z]*| ?[a-z_]+| ?[^0-9A-Za-z_\s]+(?: (?=[^a-z_\s]))?| {3}(?= )|\n|_|\s"
+
+# What a tokenizer of a pretrained model knows besides words: marks of Markdown, of code and of agent formats.
+_FORMAT_STRINGS = (
+    "Thought:",
+    "Code:\n```py\n",
+    "```python\n",
+    "\n```<end_code>",
+    "<end_code>",
+    "Observation:\n",
+    "Execution logs:\n",
+    "Last output from code snippet:\nNone",
+    'print(web_search("Name"))',
+    'web_search(query="Name")',
+    "final_answer(4821)",
+    'final_answer("Name")',
+    "<tool_call>\n{\"name\": \"web_search\", \"arguments\": {\"query\": \"Name\"}}\n</tool_call>",
+    "<think>\n</think>",
+    "[1] Title: text",
+    "# comment",
+    "x = x + 1\nx = x - 1\nx = x * 2\nx = x // 2\nx = x % 2",
+    'd["key"] = {"a": 1, "b": [1, 2]}',
+    "f\"{x}\", '{y}'",
+    "for i in range(10):\n    print(i)\n        return x",
+    "Error: NameError: name 'x' is not defined. No results found. Out of time.",
+    "Answer: user assistant system tool",
+    "How many. Where is. What was. Who. When. In which. Then. There are. Find the. Apply each. After that. Its. Each of the. Write. Note",
+)
+
+
+def training_text(seed: int) -> list[str]:
+    """What the merges are learnt from: generic documents, made-up names, words in every form, format strings."""
+    rng = random.Random(seed)
+    text = [d.text for d in itertools.islice(documents(seed), 1000)]
+    for _ in range(300_000):  # names come syllable by syllable, or else merges across syllables win and names fall to letters
+        first, *rest = name_syllables(rng)
+        text += [first.capitalize(), *rest]
+    common = {*FUNCTION_WORDS, *NOUNS, *ADJECTIVES, *VERBS_PAST, *OTHER_VERBS, *UNITS, *FIELD_NAMES, *PYTHON_WORDS}
+    for word in sorted(common):
+        text += [f" {word}"] * 200 + [word.capitalize(), word] * 20
+    for noun in NOUNS:
+        text += [f" {noun}s"] * 120 + [noun.capitalize()] * 60
+    return text + list(_FORMAT_STRINGS) * 600
+
+
+def build_tokenizer(seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> "PreTrainedTokenizerFast":
+    """Train the tokenizer; a few seconds on one core, the same seed gives the same one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(training_text(seed), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
