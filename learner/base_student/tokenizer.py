@@ -1,16 +1,15 @@
-"""The base student's tokenizer: byte-level BPE with single digits, trained on the generic text and on common words.
+"""The base student's tokenizer: byte-level BPE with single digits, made from common words and the syllables of made-up names.
 
-Byte fallback means that any text encodes and decodes to itself. Besides the generic text it is shown the marks of agent formats
-and of Markdown, because a pretrained model's tokenizer knows those strings; the model itself never sees them in pretraining.
+Byte fallback means that any text encodes and decodes to itself. It is also shown the marks of agent formats and of Markdown,
+because a pretrained model's tokenizer knows those strings; the model itself never sees them in pretraining.
 
     >>> build_tokenizer(seed=0).tokenize("x = 4821")     # ['x', 'Ġ', '=', 'Ġ', '4', '8', '2', '1']
 """
 
-import itertools
 import random
 from typing import TYPE_CHECKING
 
-from learner.base_student.generic_text import END_OF_TEXT, TURN_END, TURN_START, documents
+from learner.base_student.generic_text import END_OF_TEXT, TURN_END, TURN_START
 from learner.base_student.made_up import name_syllables
 from learner.base_student.word_lists import (
     ADJECTIVES,
@@ -32,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # One digit a piece, so that a number is copied digit by digit; a capital starts a piece, so that a name is the same after
-# any mark; marks take the spaces around them, but leave a lower-case word its own space, so that it stays one token everywhere.
+# any mark; marks take the spaces around them, but leave a lower-case word its own, so that it stays one token everywhere.
 PIECES = r"[0-9]|[A-Z][a-z]*| ?[a-z_]+| ?[^0-9A-Za-z_\s]+(?: (?=[^a-z_\s]))?| {3}(?= )|\n|_|\s"
 
 # What a tokenizer of a pretrained model knows besides words: marks of Markdown, of code and of agent formats.
@@ -52,22 +51,25 @@ _FORMAT_STRINGS = (
     "<tool_call>\n{\"name\": \"web_search\", \"arguments\": {\"query\": \"Name\"}}\n</tool_call>",
     "<think>\n</think>",
     "[1] Title: text",
-    "# comment",
+    "# A\n# 1\n# A\n# a",
     "x = x + 1\nx = x - 1\nx = x * 2\nx = x // 2\nx = x % 2",
     'd["key"] = {"a": 1, "b": [1, 2]}',
     "f\"{x}\", '{y}'",
     "for i in range(10):\n    print(i)\n        return x",
     "Error: NameError: name 'x' is not defined. No results found. Out of time.",
-    "Answer: user assistant system tool",
-    "How many. Where is. What was. Who. When. In which. Then. There are. Find the. Apply each. After that. Its. Each of the. Write. Note",
+    "user\nassistant\nsystem\nuser\nassistant\ntool\nAnswer: 1",
+    "How many. Where is. What was. Who. When. In which. Then. There are. Find the. Apply each. After that. Its. Each of the.",
+    "A, A; A: A. A? A! A - A / A | A -> A = A + A > A < A (A) [A] {A} \"A\" 'A' * A # A",
+    "a, a; a: a. a? a! a - a / a | a -> a = a + a > a < a (a) [a] {a} \"a\" 'a' * a # a",
+    '["A", "A"], {"a": "A", "a": 1} ("A") (\'A\') print("A") print(a) ">>> a = 1" x["a"] == != <= >= += -= ** // % **',
 )
 
 
 def training_text(seed: int) -> list[str]:
-    """What the merges are learnt from: generic documents, made-up names, words in every form, format strings."""
+    """What the merges are learnt from: syllables of names, words in every form, format strings."""
     rng = random.Random(seed)
-    text = [d.text for d in itertools.islice(documents(seed), 1000)]
-    for _ in range(300_000):  # names come syllable by syllable, or else merges across syllables win and names fall to letters
+    text = []
+    for _ in range(300_000):  # syllable by syllable, or else merges across syllables win and names fall to letters
         first, *rest = name_syllables(rng)
         text += [first.capitalize(), *rest]
     common = {*FUNCTION_WORDS, *NOUNS, *ADJECTIVES, *VERBS_PAST, *OTHER_VERBS, *UNITS, *FIELD_NAMES, *PYTHON_WORDS}
@@ -75,7 +77,7 @@ def training_text(seed: int) -> list[str]:
         text += [f" {word}"] * 200 + [word.capitalize(), word] * 20
     for noun in NOUNS:
         text += [f" {noun}s"] * 120 + [noun.capitalize()] * 60
-    return text + list(_FORMAT_STRINGS) * 600
+    return text + list(_FORMAT_STRINGS) * 1500
 
 
 def build_tokenizer(seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> "PreTrainedTokenizerFast":
