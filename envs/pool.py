@@ -1,0 +1,154 @@
+"""Ray actors that host envs: `EnvHost` holds many episodes at once around one sandbox, `RemoteEnv` is one slot seen from afar.
+
+Consumes calls from rollout workers, one slot an episode; waits for the retrieval actor inside a step, never longer than the
+call's limit. A dead host is an `EnvError` for the episodes that lived on it; Ray starts the actor again and the next
+`reset` finds a fresh one.
+
+Example::
+
+    hosts = start_env_hosts(EnvSpec(name="code"), count=1, slots_per_host=32, search=client)
+    env = RemoteEnv(hosts[0], slot=0, timeout_s=30)
+    await env.reset(task, seed=0)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from envs.answer_env import AnswerEnv
+from envs.base import Env, EnvError, Observation, StepResult, Task
+from envs.grading import grade
+from envs.sandbox import Sandbox, SandboxLimits
+
+SearchFunction = Callable[[str, int], list[Any]]
+"""(query, k) -> hits, best first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvSpec:
+    """Which env, and its limits; picklable."""
+
+    name: str = "code"
+    max_steps: int = 5
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    search_results: int = 2
+    """Passages that one web_search shows."""
+    search_format: str = "numbered"
+    unsafe: bool = False
+    """Run without kernel confinement where there is none; refused otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("code", "answer"):
+            raise ValueError(f"env {self.name!r} is unknown; there are 'answer' and 'code'")
+
+
+class EnvHost:
+    """Many envs of one spec in one process, by slot number. Its methods block; call them from several threads."""
+
+    def __init__(self, spec: EnvSpec, search: SearchFunction | None = None) -> None:
+        self._spec = spec
+        self._envs: dict[int, Env] = {}
+        self._tools = []
+        self._sandbox: Sandbox | None = None
+        if spec.name == "code":
+            if search is not None:
+                from envs.retrieval.search_tool import web_search_tool
+
+                self._tools = [web_search_tool(search, k=spec.search_results, formatter=spec.search_format)]
+            names = [tool.name for tool in self._tools]
+            self._sandbox = Sandbox(tool_names=names, limits=spec.limits, unsafe=spec.unsafe)
+
+    def make(self) -> Env:
+        """A new env that shares this host's sandbox and tools."""
+        if self._sandbox is None:
+            return AnswerEnv(grade=grade)
+        from envs.code_env import CodeEnv
+
+        return CodeEnv(sandbox=self._sandbox, tools=self._tools, grade=grade, max_steps=self._spec.max_steps)
+
+    def can_preview(self) -> bool:
+        return self.make().can_preview
+
+    def reset(self, slot: int, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
+        if slot not in self._envs:
+            self._envs[slot] = self.make()
+        return self._envs[slot].reset(task, seed)
+
+    def step(self, slot: int, action: str) -> StepResult:
+        return self._episode(slot).step(action)
+
+    def preview(self, slot: int, actions: Sequence[str]) -> list[StepResult]:
+        return self._episode(slot).preview(actions)
+
+    def commit(self, slot: int, index: int) -> StepResult:
+        return self._episode(slot).commit(index)
+
+    def release(self, slot: int) -> None:
+        """End the slot's episode; its process is freed."""
+        env = self._envs.pop(slot, None)
+        if env is not None:
+            env.close()
+
+    def close(self) -> None:
+        for slot in list(self._envs):
+            self.release(slot)
+        if self._sandbox is not None:
+            self._sandbox.close()
+
+    def _episode(self, slot: int) -> Env:
+        if slot not in self._envs:  # the host was restarted under a running episode
+            raise EnvError(f"env slot {slot} has no episode: its host was restarted")
+        return self._envs[slot]
+
+
+def start_env_hosts(
+    spec: EnvSpec, *, count: int, slots_per_host: int, search: SearchFunction | None, num_cpus: float = 0.0
+) -> list[Any]:
+    """`count` Ray actors, each with `slots_per_host` threads. They are killed with the job that started them."""
+    import ray
+
+    actor = ray.remote(EnvHost).options(  # type: ignore[attr-defined]
+        num_cpus=num_cpus, max_concurrency=slots_per_host + 1, max_restarts=-1, max_task_retries=0
+    )
+    return [actor.remote(spec, search) for _ in range(count)]
+
+
+class RemoteEnv:
+    """One slot of an `EnvHost` actor as an awaited env."""
+
+    def __init__(self, host: Any, slot: int, *, can_preview: bool, timeout_s: float) -> None:
+        self._host, self._slot, self._timeout_s = host, slot, timeout_s
+        self.can_preview = can_preview
+
+    async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
+        return await self._call(self._host.reset.remote(self._slot, task, seed), "reset")
+
+    async def step(self, action: str) -> StepResult:
+        return await self._call(self._host.step.remote(self._slot, action), "step")
+
+    async def preview(self, actions: Sequence[str]) -> list[StepResult]:
+        return await self._call(self._host.preview.remote(self._slot, list(actions)), "preview")
+
+    async def commit(self, index: int) -> StepResult:
+        return await self._call(self._host.commit.remote(self._slot, index), "commit")
+
+    async def close(self) -> None:
+        await self._call(self._host.release.remote(self._slot), "release")
+
+    async def _call(self, reference: Awaitable[Any], what: str) -> Any:
+        import ray
+
+        try:
+            return await asyncio.wait_for(reference, self._timeout_s)
+        except TimeoutError:
+            raise EnvError(f"env host did not finish {what} within {self._timeout_s:g} s") from None
+        except ray.exceptions.RayActorError as error:
+            raise EnvError(f"env host died during {what}: {type(error).__name__}") from None
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, EnvError):
+                raise EnvError(str(cause)) from None
+            raise EnvError(f"env host failed in {what}: {type(cause).__name__}: {cause}") from None

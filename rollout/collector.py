@@ -1,0 +1,216 @@
+"""Collection on Ray: which episodes are missing, and the actors that run them.
+
+`missing_requests` compares the tasks with the ledger, so that a collection that is run again does only what is missing.
+`RolloutActor` holds one policy and serves any number of collections. `Collection` is one of them, seen from the driver:
+start it, poll it, and it replaces a worker that dies and gives its leases back.
+
+Example::
+
+    actors = start_rollout_actors(spec, count=1)
+    requests, found = missing_requests(tasks, policy=spec.policy_name, settings=settings, ledger=Ledger(folder))
+    collection = Collection(actors, hosts, requests, found=found, settings=settings, ledger=folder, queue=queue)
+    while not collection.poll():
+        print(collection.progress())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from envs.base import Task
+from envs.pool import RemoteEnv
+from rollout.episode import EpisodeSettings
+from rollout.ledger import Ledger, LedgerWriter
+from rollout.policy_spec import PolicySpec
+from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed
+from rollout.worker import RolloutWorker
+
+
+class CollectionError(RuntimeError):
+    """A collection that cannot go on; the message names what is missing."""
+
+
+def missing_requests(
+    tasks: Sequence[Task], *, policy: str, settings: EpisodeSettings, ledger: Ledger, samples: int = 1
+) -> tuple[list[EpisodeRequest], int]:
+    """The episodes of `tasks` x `samples` that the ledger does not hold yet, and how many it does hold."""
+    recorded = ledger.keys()
+    requests = [
+        EpisodeRequest(key=settings.key(task, policy, sample), task=task, sample_index=sample)
+        for sample in range(samples)
+        for task in tasks
+    ]
+    missing = [request for request in requests if request.key not in recorded]
+    return missing, len(requests) - len(missing)
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSlots:
+    """The env slots of one worker: (host, slot) pairs."""
+
+    hosts: tuple[Any, ...]
+    slots: tuple[tuple[int, int], ...]
+    can_preview: bool
+    timeout_s: float
+
+    def connect(self) -> list[RemoteEnv]:
+        return [
+            RemoteEnv(self.hosts[host], slot, can_preview=self.can_preview, timeout_s=self.timeout_s)
+            for host, slot in self.slots
+        ]
+
+
+class _RemoteFeed:
+    """The feed actor, awaited."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
+        return await self._handle.next.remote(worker, count)
+
+    async def done(self, worker: str, summaries: Sequence[EpisodeSummary]) -> None:
+        await self._handle.done.remote(worker, list(summaries))
+
+
+class RolloutActor:
+    """Consumes episodes from a feed actor, produces ledger shards and queue entries; waits for engine, envs and queue.
+
+    Blocked by a full queue; unblocked by its reader, or killed with the job.
+    """
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self._spec = spec
+        self._policy: Any = None
+
+    async def start(self) -> str:
+        """Load the policy; returns its name."""
+        if self._policy is None:
+            self._policy = await asyncio.to_thread(self._spec.build)
+        return self._policy.name
+
+    async def run(
+        self, name: str, env_slots: EnvSlots, settings: EpisodeSettings, feed: Any, ledger: str, queue: Any
+    ) -> int:
+        await self.start()
+        worker = RolloutWorker(
+            name=name,
+            policy=self._policy,
+            envs=env_slots.connect(),
+            settings=settings,
+            feed=_RemoteFeed(feed),
+            ledger=LedgerWriter(Path(ledger), writer=name),
+            sink=queue,
+        )
+        return await worker.run()
+
+    async def update_weights(self, folder: str, version: str) -> None:
+        """Load other weights of the same architecture in place (vLLM only)."""
+        await self.start()
+        await self._policy.update_weights(folder, version)
+
+    async def stats(self) -> dict[str, float]:
+        stats = getattr(self._policy, "stats", None)
+        return dict(stats()) if callable(stats) else {}
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def close(self) -> None:
+        if self._policy is not None:
+            await self._policy.close()
+
+
+def start_rollout_actors(
+    spec: PolicySpec, *, count: int, num_cpus: float = 0.0, num_gpus: float = 0.0, env_vars: Mapping[str, str] | None = None
+) -> list[Any]:
+    """`count` Ray actors that will hold the policy; loading begins with `start()` or the first collection."""
+    import ray
+
+    actor = ray.remote(RolloutActor).options(  # type: ignore[attr-defined]
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_concurrency=16,
+        max_restarts=2,
+        runtime_env={"env_vars": {**spec.environment(), **(env_vars or {})}},
+    )
+    return [actor.remote(spec) for _ in range(count)]
+
+
+class Collection:
+    """One running collection; a plain object of the driver."""
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        hosts: Sequence[Any],
+        requests: Sequence[EpisodeRequest],
+        *,
+        found: int = 0,
+        settings: EpisodeSettings,
+        ledger: Path,
+        queue: Any = None,
+        concurrency: int = 32,
+        can_preview: bool = True,
+        env_timeout_s: float = 60.0,
+        restarts: int = 5,
+    ) -> None:
+        import ray
+
+        self._actors, self._hosts, self._settings = list(actors), tuple(hosts), settings
+        self._ledger, self._queue, self._restarts = ledger, queue, restarts
+        self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
+        self._feed = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
+        self._running: dict[Any, tuple[int, str]] = {}
+        for i in range(len(self._actors)):
+            self._start(i)
+
+    def poll(self, timeout_s: float = 0.0) -> bool:
+        """True when every episode is recorded. Replaces dead workers; raises `CollectionError` when too many died."""
+        import ray
+
+        done, _ = ray.wait(list(self._running), timeout=timeout_s) if self._running else ([], [])
+        for reference in done:
+            index, name = self._running.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                self._replace(index, name, error)
+        return not self._running
+
+    def progress(self, timeout_s: float = 10.0) -> CollectProgress:
+        import ray
+
+        return ray.get(self._feed.progress.remote(), timeout=timeout_s)
+
+    def close(self) -> None:
+        """Frees the feed; the actors stay for the next collection."""
+        import ray
+
+        ray.kill(self._feed)
+
+    def _start(self, index: int) -> None:
+        name = f"w{index}-{uuid.uuid4().hex[:8]}"
+        hosts, per_worker = len(self._hosts), self._concurrency
+        slots = tuple(((index * per_worker + i) % hosts, index * per_worker + i) for i in range(per_worker))
+        env_slots = EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
+        reference = self._actors[index].run.remote(
+            name, env_slots, self._settings, self._feed, str(self._ledger), self._queue
+        )
+        self._running[reference] = (index, name)
+
+    def _replace(self, index: int, name: str, error: Exception) -> None:
+        import ray
+
+        if self._restarts == 0:
+            raise CollectionError(f"rollout worker {index} died too often; the last time: {error}") from error
+        self._restarts -= 1
+        # What the dead worker had recorded but not reported must not be run again.
+        ray.get(self._feed.release.remote(name, list(Ledger(self._ledger).keys())), timeout=60)
+        self._start(index)

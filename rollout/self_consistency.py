@@ -1,0 +1,51 @@
+"""Self-consistent action generation (arXiv 2505.17612, section 3.2): of k candidate actions those that fail are dropped and
+the majority of observations decides.
+
+The authors' code runs every candidate on the live interpreter and the winner again; here the env previews them on forked
+state and commits the winner without running it twice. An env that cannot fork is voted on by the parsed action instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from envs.base import Observation, ObservationKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vote:
+    """The outcome."""
+
+    winner: int
+    """Index of the chosen candidate."""
+    counts: tuple[int, ...]
+    """[k] how many valid candidates share each one's ballot; 0 for those that were dropped."""
+
+    @property
+    def agreement(self) -> float:
+        """Share of all k candidates that agree with the winner, in [0, 1]."""
+        return self.counts[self.winner] / len(self.counts)
+
+
+def vote(ballots: Sequence[str | None]) -> Vote:
+    """Majority over `ballots` [k] (None: dropped). Ties and all-different go to the earliest valid one; none valid: the first."""
+    if not ballots:
+        raise ValueError("vote needs at least one candidate")
+    tally = Counter(ballot for ballot in ballots if ballot is not None)
+    counts = tuple(tally[ballot] if ballot is not None else 0 for ballot in ballots)
+    return Vote(winner=counts.index(max(counts)), counts=counts)
+
+
+def ballot(observation: Observation) -> str | None:
+    """What a previewed candidate votes for: its observation, white space and case aside; None when it failed."""
+    if not observation.valid:
+        return None
+    final = "final" if observation.kind is ObservationKind.FINAL else "step"
+    return f"{final}:{' '.join(observation.text.split()).casefold()}"
+
+
+def action_ballot(action: str | None) -> str | None:
+    """The ballot where nothing can be previewed: the parsed action itself."""
+    return None if action is None else " ".join(action.split())
