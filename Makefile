@@ -24,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(FITS)' 2>/dev/null && { echo $$p; break; }; done)
 
 # The stamp names the lock's content: an installed lock is not installed again, a changed one is.
-STAMP := .venv/.installed-$(shell cksum < $(LOCK) | cut -d' ' -f1)
+STAMP := .venv/.installed-$(shell cksum $(LOCK) 2>/dev/null | cut -d' ' -f1)
 PIP_INSTALL := $(PY) -m pip install -qq --no-deps --no-input --disable-pip-version-check
 
 # Nothing that we start reports anywhere.
@@ -63,7 +63,9 @@ endef
 # torch comes first and by itself: pip's configured places are asked, then PyTorch's own index. No other package may
 # come from there, and a machine that cannot reach it learns so within seconds.
 # A package whose installation was cut off has no RECORD: it is forgotten here, and so installed again.
+# Apprentice itself comes last, as a line in a .pth file (editable_mode=compat), so that configs/ is found like a package.
 $(STAMP):
+	@[ -f $(LOCK) ] || { echo "error: BUILD is cpu or gpu, not '$(BUILD)': there is no $(LOCK)" >&2; exit 1; }
 	@$(MAKE_VENV)
 	@rm -f .venv/.installed-*
 	@for d in .venv/lib/python3*/site-packages/*.dist-info; do [ -e "$$d/RECORD" ] || rm -rf "$$d"; done
@@ -73,7 +75,7 @@ $(STAMP):
 		$(PIP_INSTALL) --retries 1 --timeout 30 --extra-index-url $(TORCH_INDEX) "$$torch"; }
 	@echo "[.venv] $$(grep -c '==' $(LOCK)) pinned packages from $(LOCK); the first time this takes 2 to 4 minutes"
 	@$(PIP_INSTALL) -r $(LOCK)
-	@$(PIP_INSTALL) --no-build-isolation -e .
+	@$(PIP_INSTALL) --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@ && echo "[.venv] ready"
 
 .venv/bin/uv:
