@@ -88,11 +88,18 @@ class DenseRetriever:
         import numpy as np
 
         self._faiss.omp_set_num_threads(1)  # a setting of the calling thread, hence here
-        _, candidates = self._index.search(vectors, min(k + _MARGIN, len(self._corpus)))
         tie_rank = self._corpus.tie_rank
-        results = []
-        for vector, rows in zip(vectors.astype(np.float64), candidates, strict=True):
-            scores = np.round(self._embeddings[rows].astype(np.float64) @ vector, _SCORE_DECIMALS)
-            order = np.lexsort((tie_rank[rows], -scores))[:k]
-            results.append([Hit(passage=self._corpus[int(rows[at])], score=float(scores[at])) for at in order])
+        results: list[list[Hit]] = [[] for _ in vectors]
+        todo, count = np.arange(len(vectors)), min(k + _MARGIN, len(self._corpus))
+        while len(todo):
+            _, candidates = self._index.search(vectors[todo], count)
+            tied = []
+            for at, rows in zip(todo.tolist(), candidates, strict=True):
+                scores = np.round(self._embeddings[rows].astype(np.float64) @ vectors[at], _SCORE_DECIMALS)
+                order = np.lexsort((tie_rank[rows], -scores))
+                if scores[order[-1]] == scores[order[min(k, count) - 1]] and count < len(self._corpus):
+                    tied.append(at)  # as good as the last candidate: equals may be left outside
+                    continue
+                results[at] = [Hit(passage=self._corpus[int(rows[i])], score=float(scores[i])) for i in order[:k]]
+            todo, count = np.array(tied, dtype=np.int64), min(4 * count, len(self._corpus))
         return results
