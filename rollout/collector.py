@@ -51,6 +51,15 @@ def missing_requests(
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights to act with instead of those that the policy was started with (same architecture, vLLM only)."""
+
+    folder: str
+    """A Hugging Face folder."""
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class EnvSlots:
     """The env slots of one worker: (host, slot) pairs."""
 
@@ -96,9 +105,19 @@ class RolloutActor:
         return self._policy.name
 
     async def run(
-        self, name: str, env_slots: EnvSlots, settings: EpisodeSettings, feed: Any, ledger: str, queue: Any
+        self,
+        name: str,
+        env_slots: EnvSlots,
+        settings: EpisodeSettings,
+        feed: Any,
+        ledger: str,
+        queue: Any,
+        weights: Weights | None,
     ) -> int:
+        """One collection, start to end; returns how many episodes this worker recorded."""
         await self.start()
+        if weights is not None and self._policy.weights_version != weights.version:
+            await self._policy.update_weights(weights.folder, weights.version)
         worker = RolloutWorker(
             name=name,
             policy=self._policy,
@@ -109,11 +128,6 @@ class RolloutActor:
             sink=queue,
         )
         return await worker.run()
-
-    async def update_weights(self, folder: str, version: str) -> None:
-        """Load other weights of the same architecture in place (vLLM only)."""
-        await self.start()
-        await self._policy.update_weights(folder, version)
 
     async def stats(self) -> dict[str, float]:
         stats = getattr(self._policy, "stats", None)
@@ -156,6 +170,7 @@ class Collection:
         settings: EpisodeSettings,
         ledger: Path,
         queue: Any = None,
+        weights: Weights | None = None,
         concurrency: int = 32,
         can_preview: bool = True,
         env_timeout_s: float = 60.0,
@@ -164,7 +179,7 @@ class Collection:
         import ray
 
         self._actors, self._hosts, self._settings = list(actors), tuple(hosts), settings
-        self._ledger, self._queue, self._restarts = ledger, queue, restarts
+        self._ledger, self._queue, self._weights, self._restarts = ledger, queue, weights, restarts
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
         self._feed = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
         self._running: dict[Any, tuple[int, str]] = {}
@@ -201,7 +216,7 @@ class Collection:
         slots = tuple(((index * per_worker + i) % hosts, index * per_worker + i) for i in range(per_worker))
         env_slots = EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
         reference = self._actors[index].run.remote(
-            name, env_slots, self._settings, self._feed, str(self._ledger), self._queue
+            name, env_slots, self._settings, self._feed, str(self._ledger), self._queue, self._weights
         )
         self._running[reference] = (index, name)
 

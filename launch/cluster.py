@@ -1,0 +1,62 @@
+"""The Ray that a run works on: its own on this machine, or one that is there already.
+
+A local Ray ends with the run, whatever ends it: its processes are started by this one and follow it. Telemetry is off.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launch.config import ClusterConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class ClusterError(RuntimeError):
+    """No Ray to work on; the message says which was asked for."""
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig) -> Iterator[str]:
+    """Connects to (or starts) Ray; yields what it is, for people. Leaves nothing of its own behind."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        # Only this process and its children speak to the local Ray, on loopback.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Workers import our packages from here, installed or not.
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    import ray
+
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            what = f"the Ray at {address}"
+        else:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                object_store_memory=config.object_store_mb << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            what = "a Ray of its own on this machine"
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"cannot use Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+    try:
+        yield what
+    finally:
+        ray.shutdown()

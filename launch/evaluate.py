@@ -1,0 +1,166 @@
+"""Scores of a policy on held-out tasks: by really running its code and searches. Results are a ledger like any other.
+
+As a command it scores any student folder beside a run's own, greedy and with self-consistent actions, on the run's world:
+
+    python -m launch.evaluate runs/starter-seed0/learner/snapshots/50 --run runs/starter-seed0
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from envs.base import Task
+from launch.config import ConfigError, DistillConfig
+from launch.intervals import Score, score
+from launch.live import LiveView
+from launch.wiring import Environments, start_collection
+from rollout.collector import Weights
+from rollout.episode import EpisodeSettings
+from rollout.ledger import Ledger
+from rollout.policy_spec import PolicySpec
+
+MODES = ("greedy", "self_consistent")
+
+
+class EvaluationError(RuntimeError):
+    """Scores that cannot be given: some tasks have no result even after being tried again."""
+
+
+def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
+    """The student in `folder` on vLLM, as `config.evaluate` says."""
+    evaluate = config.evaluate
+    return PolicySpec(
+        kind="vllm",
+        name="student",
+        model=folder,
+        dtype=evaluate.dtype,
+        max_model_len=evaluate.max_model_len,
+        max_num_seqs=max(evaluate.concurrency, 8) * 4,
+        kv_cache_bytes=evaluate.kv_cache_mb << 20 if evaluate.kv_cache_mb else None,
+        enforce_eager=evaluate.enforce_eager,
+    )
+
+
+def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
+    """How students are run in `mode`: greedy, or k candidates a step with a vote."""
+    settings = replace(
+        config.episode, first_thought=False, max_tokens=config.evaluate.max_tokens, candidates=1, temperature=0.0, top_p=1.0
+    )
+    if mode == "greedy":
+        return settings
+    evaluate = config.evaluate
+    return replace(
+        settings, candidates=evaluate.candidates, temperature=evaluate.temperature, top_p=evaluate.top_p
+    )
+
+
+def run_evaluation(
+    config: DistillConfig,
+    environments: Environments,
+    workers: list[Any],
+    tasks: list[Task],
+    *,
+    policy: str,
+    settings: EpisodeSettings,
+    ledger: Path,
+    view: LiveView,
+    title: str,
+    weights: Weights | None = None,
+) -> dict[str, Score]:
+    """Runs what `ledger` does not hold yet and returns the scores by kind. Raises `EvaluationError`."""
+    collection = start_collection(
+        config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights,
+        concurrency=config.evaluate.concurrency,
+    )  # fmt: skip
+    try:
+        with view.stage(title):
+            finished = False
+            while not finished:
+                finished = collection.poll(timeout_s=0.5)
+                progress = collection.progress()
+                rate = progress.completion_tokens / max(progress.elapsed_s, 1e-9)
+                view.show(
+                    {
+                        "episodes": f"{progress.finished}/{progress.total}",
+                        "success": f"{progress.succeeded}/{progress.recorded}",
+                        "tokens/s": f"{rate:.0f}",
+                    },
+                    last=finished,
+                )
+    finally:
+        collection.close()
+    return ledger_scores(ledger, tasks)
+
+
+def ledger_scores(ledger: Path, tasks: Sequence[Task]) -> dict[str, Score]:
+    """Success by kind over exactly `tasks`. Raises `EvaluationError` when some have no result."""
+    outcome = {trajectory.task.id: trajectory.success for trajectory in Ledger(ledger).trajectories()}
+    missing = [task.id for task in tasks if task.id not in outcome]
+    if missing:
+        raise EvaluationError(
+            f"{len(missing)} of {len(tasks)} tasks have no result in {ledger}, {missing[0]!r} for one: "
+            "see its failures/ for why; the same command tries them again"
+        )
+    kinds = dict.fromkeys(task.kind for task in tasks)
+    return {
+        kind: score(sum(outcome[t.id] for t in tasks if t.kind == kind), sum(t.kind == kind for t in tasks))
+        for kind in kinds
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("student", help="a Hugging Face folder")
+    parser.add_argument("--run", required=True, help="the run whose world and settings are used")
+    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: greedy, self_consistent")
+    parser.add_argument("--out", help="folder for its ledgers; default: evaluation/<student's name> in the run")
+    options = parser.parse_args(arguments)
+    try:
+        return _evaluate_folder(options)
+    except (ValueError, EvaluationError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _evaluate_folder(options: argparse.Namespace) -> int:
+    from launch.cluster import ray_cluster
+    from launch.report import score_table
+    from launch.run_folder import RunFolder
+    from launch.wiring import start_workers
+    from launch.world import load_world
+
+    student = Path(options.student)
+    if not (student / "config.json").is_file():
+        raise ConfigError(f"{student} is no Hugging Face folder: it holds no config.json")
+    modes = options.modes.split(",")
+    if unknown := set(modes) - set(MODES):
+        raise ConfigError(f"mode {unknown.pop()!r} is unknown; there are {', '.join(MODES)}")
+    folder = RunFolder(options.run)
+    config = folder.config()
+    world = load_world(config, folder.index)
+    out = Path(options.out) if options.out else folder.scores / student.name
+    view, scores = LiveView(), {}
+    with ray_cluster(config.cluster):
+        environments = Environments.start(config, world.retriever)
+        spec = student_spec(config, str(student.absolute()))
+        workers = start_workers(config, spec, count=1)
+        for mode in modes:
+            scores[f"{student.name}, {mode}"] = run_evaluation(
+                config, environments, workers, world.test, policy=spec.policy_name,
+                settings=student_settings(config, mode), ledger=out / mode, view=view, title=f"{student.name}: {mode}",
+            )  # fmt: skip
+    kinds = list(dict.fromkeys(task.kind for task in world.test))
+    view.console.print(score_table(scores, kinds, title=f"held-out success of {student}, % [95% interval]"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The stages of the main job: collect and learn at the same time, then evaluate, then report.
+
+    tasks -> rollout workers <-> env hosts <-> retrieval        (Ray actors)
+                 |-> ledger (Parquet)  -> bounded queue -> learner ranks -> student folder
+    student folder -> vLLM worker <-> the same env hosts -> scores -> results.json
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from envs.base import EnvError
+from launch.cluster import ClusterError, ray_cluster
+from launch.config import DistillConfig, to_plain
+from launch.evaluate import EvaluationError, run_evaluation, student_settings, student_spec
+from launch.intervals import Score
+from launch.live import LiveView
+from launch.report import draw_learning_curve, score_table, scores_to_json
+from launch.run_folder import RunFolder, write_json
+from launch.source import StreamSource
+from launch.wiring import Environments, start_collection, start_workers
+from launch.world import World, load_world
+from learner.base import LearnerError, Progress
+from learner.base_student import BASE_STUDENT_FOLDER
+from learner.config import LearnerConfig
+from learner.learner_actor import LearnerGroup
+from rollout.collector import Collection, CollectionError, Weights
+from rollout.ledger import Ledger
+from rollout.trajectory_queue import TrajectoryQueue
+
+FINAL = "final"
+
+
+class JobError(RuntimeError):
+    """The job cannot go on; what it has is kept."""
+
+
+def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
+    """Everything from tasks to `results.json`. Raises `JobError`; whatever it started is ended in any case."""
+    view = LiveView()
+    started_s = time.monotonic()
+    world = load_world(config, folder.index)
+    view.say(f"run {folder.path}: recipe {config.recipe}, seed {config.seed}")
+    if resumed:
+        view.say(_found(folder, world))
+    if folder.results.exists():
+        view.say("this run is complete; its scores:")
+        _show(view, json.loads(folder.results.read_text()), folder)
+        return
+    try:
+        with ray_cluster(config.cluster) as what:
+            view.say(f"Ray: {what}")
+            environments = Environments.start(config, world.retriever)
+            view.say("environments are ready" + (", pages are indexed" if world.retriever else ""))
+            stages = _Stages(config, folder, world, environments, view)
+            learned = stages.learn()
+            scores = stages.evaluate()
+    except (ClusterError, CollectionError, EvaluationError, LearnerError, EnvError) as error:
+        raise JobError(str(error)) from error
+    results = _results(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
+    write_json(folder.results, results)
+    draw_learning_curve(folder.metrics, folder.curve, title=f"{config.recipe}, seed {config.seed}")
+    _show(view, results, folder)
+
+
+class _Stages:
+    def __init__(
+        self, config: DistillConfig, folder: RunFolder, world: World, environments: Environments, view: LiveView
+    ) -> None:
+        self.config, self.folder, self.world, self.environments, self.view = config, folder, world, environments, view
+        self.teacher: list[Any] = []
+
+    def learn(self) -> dict[str, Any]:
+        """Collect and train until the student is exported; what was learned, as plain data."""
+        record = self.folder.learner / "final.json"
+        if record.exists():
+            self.view.say("the student is trained already")
+            return json.loads(record.read_text())
+        config = self.config
+        queue = TrajectoryQueue.start(capacity=config.rollout.queue_capacity)
+        total = len(self.world.train) * config.rollout.samples
+        source = StreamSource(self.folder.ledger, queue)
+        learner = LearnerGroup.start(learner_config(config, self.folder, total), source)
+        try:
+            learner.run()
+            self.teacher = start_workers(config, config.teacher, count=config.rollout.workers)
+            collection = start_collection(
+                config, self.environments, self.teacher, self.world.train, policy=config.teacher.policy_name,
+                settings=config.episode, ledger=self.folder.ledger, samples=config.rollout.samples, queue=queue,
+                concurrency=config.rollout.concurrency,
+            )  # fmt: skip
+            try:
+                with self.view.stage("the teacher acts, the student learns"):
+                    self._watch(collection, learner, queue)
+            finally:
+                collection.close()
+            final = learner.result(timeout_s=60)
+        finally:
+            learner.shutdown()
+            queue.kill()
+        learned = {**asdict(final), **_first_step(self.folder.ledger, final, total)}
+        write_json(record, learned)
+        return learned
+
+    def _watch(self, collection: Collection, learner: LearnerGroup, queue: TrajectoryQueue) -> None:
+        began_s, collected, last_step = time.monotonic(), False, -1
+        with open(self.folder.metrics, "a") as metrics:
+            while not (collected and learner.done()):
+                if not collected and collection.poll(timeout_s=0.5):
+                    collected = True
+                    queue.close()
+                elif collected:
+                    time.sleep(0.5)
+                learned, seen = learner.progress(), collection.progress()
+                figures = {
+                    "episodes": f"{seen.finished}/{seen.total}" + (f" ({seen.found} found)" if seen.found else ""),
+                    "success": f"{seen.succeeded}/{seen.recorded}",
+                    "queue": f"{queue.stats().depth}/{self.config.rollout.queue_capacity}",
+                    "step": str(learned.step),
+                    "trained": f"{100 * learned.fraction:.0f}%",
+                    "loss": f"{learned.loss:.3f}",
+                    "tokens/s": f"{learned.tokens_per_s:.0f}",
+                    "waited": f"{learned.wait_s:.0f} s",
+                }
+                self.view.show(figures, last=collected and learner.done())
+                if learned.step != last_step:
+                    last_step = learned.step
+                    row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
+                    row |= {name: getattr(learned, name) for name in _METRICS}
+                    metrics.write(json.dumps(row, default=dict) + "\n")
+                    metrics.flush()
+                learner.check()
+
+    def evaluate(self) -> dict[str, dict[str, Score]]:
+        """Scores of the untrained student, the distilled one in both modes, and the teacher."""
+        config = self.config
+        base = str(_model_folder(config.learner))
+        spec = student_spec(config, base)
+        final = Weights(str(_student_folder(self.folder)), FINAL)
+        rows = [("untrained", "greedy", None), ("student", "greedy", final)]
+        if config.env.name == "code":
+            rows.append(("student_self_consistent", "self_consistent", final))
+        scores: dict[str, dict[str, Score]] = {}
+        workers = start_workers(config, spec, count=1)
+        for name, mode, weights in rows:
+            scores[name] = run_evaluation(
+                config, self.environments, workers, self.world.test, policy=spec.policy_name,
+                settings=student_settings(config, mode), ledger=self.folder.scores / name, view=self.view,
+                title=f"evaluation: {name.replace('_', ' ')}", weights=weights,
+            )  # fmt: skip
+        _stop(workers)
+        teacher = self.teacher or start_workers(config, config.teacher, count=config.rollout.workers)
+        scores["teacher"] = run_evaluation(
+            config, self.environments, teacher, self.world.test, policy=config.teacher.policy_name,
+            settings=config.episode, ledger=self.folder.scores / "teacher", view=self.view, title="evaluation: teacher",
+        )  # fmt: skip
+        return scores
+
+
+_METRICS = ("step", "epoch", "loss", "loss_by_span", "grad_norm", "lr", "tokens", "rows", "tokens_per_s", "wait_s")
+
+
+def learner_config(config: DistillConfig, folder: RunFolder, total: int) -> LearnerConfig:
+    """The learner's configuration with its folders made absolute and what the stream will bring."""
+    return replace(
+        config.learner,
+        model_path=str(_model_folder(config.learner)),
+        output_dir=str(folder.learner),
+        expected_trajectories=total,
+    )
+
+
+def _model_folder(learner: LearnerConfig) -> Path | str:
+    if learner.model_path == "base_student":
+        return BASE_STUDENT_FOLDER
+    path = Path(learner.model_path)
+    return path.absolute() if path.exists() else learner.model_path
+
+
+def _student_folder(folder: RunFolder) -> Path:
+    return folder.learner / "student"
+
+
+def _stop(workers: list[Any]) -> None:
+    import ray
+
+    for worker in workers:
+        ray.kill(worker)
+
+
+def _found(folder: RunFolder, world: World) -> str:
+    """What an earlier job left, in one line."""
+    recorded = len(Ledger(folder.ledger).keys()) if folder.ledger.exists() else 0
+    checkpoints = folder.learner / "checkpoints"
+    steps = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
+    evaluated = sorted(path.name for path in folder.scores.iterdir()) if folder.scores.is_dir() else []
+    parts = [
+        f"{recorded} of {len(world.train)} trajectories",
+        f"checkpoints {', '.join(steps)}" if steps else "no checkpoint",
+        f"evaluations {', '.join(evaluated)}" if evaluated else "no evaluation",
+    ]
+    return "found of an earlier job: " + "; ".join(parts)
+
+
+def _first_step(ledger: Path, final: Progress, total: int) -> dict[str, Any]:
+    """How much had been collected when the first optimizer step ended."""
+    if final.first_step_unix_s is None:
+        return {}
+    ended = [t.started_at_s + t.duration_s for t in Ledger(ledger).trajectories()]
+    before = sum(moment <= final.first_step_unix_s for moment in ended)
+    return {"collected_at_first_step": before, "collected_share_at_first_step": before / max(total, 1)}
+
+
+def _results(
+    config: DistillConfig, folder: RunFolder, scores: dict[str, dict[str, Score]], learned: dict[str, Any], *, minutes: float
+) -> dict[str, Any]:
+    from launch.environment import describe_environment
+
+    return {
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "minutes": round(minutes, 2),
+        "scores": scores_to_json(scores),
+        "student": str(_student_folder(folder)),
+        "learning_curve": str(folder.curve),
+        "learner": learned,
+        "environment": describe_environment(),
+        "config": to_plain(config),
+    }
+
+
+def _show(view: LiveView, results: dict[str, Any], folder: RunFolder) -> None:
+    scores = {name: {kind: Score(**s) for kind, s in by_kind.items()} for name, by_kind in results["scores"].items()}
+    kinds = list(dict.fromkeys(kind for by_kind in scores.values() for kind in by_kind))
+    view.console.print(score_table(scores, kinds, title="success on held-out tasks, % [95% interval]"))
+    view.console.print(f"student:        {results['student']}", markup=False)
+    view.console.print(f"learning curve: {results['learning_curve']}", markup=False)
+    view.console.print(f'try it:         python -m launch.ask --run {folder.path} "your question"', markup=False)

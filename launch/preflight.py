@@ -1,0 +1,55 @@
+"""Checks that cost nothing and save hours: done before a cluster, a model or a paid endpoint is touched in earnest."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from launch.config import ConfigError, DistillConfig
+from rollout.policy import PolicyError
+
+
+def check(config: DistillConfig) -> None:
+    """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not answer."""
+    from learner.objectives import OBJECTIVES
+
+    if config.learner.objective not in OBJECTIVES:
+        raise ConfigError(
+            f"config learner.objective: {config.learner.objective!r} is unknown; there are {', '.join(sorted(OBJECTIVES))}"
+        )
+    _check_model("learner.model_path", config.learner.model_path)
+    if config.teacher.kind == "vllm":
+        _check_model("teacher.model", config.teacher.model)
+    _check_task_files(config)
+    if config.teacher.kind == "openai":
+        _check_endpoint(config)
+
+
+def _check_model(key: str, model: str) -> None:
+    """A path must hold a model; anything else is a hub id, which only the hub can check."""
+    path = Path(model)
+    looks_local = model.startswith((".", "/", "~")) or path.exists() or model.count("/") > 1
+    if model != "base_student" and looks_local and not (path / "config.json").is_file():
+        raise ConfigError(f"config {key}: {model!r} is no Hugging Face folder (no config.json there)")
+
+
+def _check_task_files(config: DistillConfig) -> None:
+    from launch.run_folder import RunFolder
+    from launch.world import load_world
+
+    if config.tasks.source == "files" or config.retrieval.corpus:
+        load_world(config, RunFolder(config.run_dir).index)
+
+
+def _check_endpoint(config: DistillConfig) -> None:
+    async def ask() -> None:
+        policy = config.teacher.build()
+        try:
+            await policy.check()  # type: ignore[attr-defined]  # only OpenAI policies are asked
+        finally:
+            await policy.close()
+
+    try:
+        asyncio.run(ask())
+    except PolicyError as error:
+        raise ConfigError(f"config teacher: {error}") from None

@@ -1,0 +1,102 @@
+"""The folder of a run: one configuration, one job at a time, and where everything in it is.
+
+`config.json` holds the configuration that the folder belongs to; a job with another one is refused and told what differs. A
+lock that dies with its process keeps two jobs from sharing the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch.config import DistillConfig, parse_config, to_plain
+
+# What may differ between two jobs on the same folder: where it runs and how long it waits, not what it computes.
+FREE = ("cluster", "rollout.concurrency", "rollout.workers", "rollout.env_hosts", "rollout.env_timeout_s",
+        "rollout.queue_capacity", "run_dir", "learner.output_dir", "evaluate", "retrieval.timeout_s")  # fmt: skip
+
+
+class RunFolderError(ValueError):
+    """A folder that this run must not use; the message says why and what to do."""
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.ledger = self.path / "ledger"
+        self.index = self.path / "index"
+        self.learner = self.path / "learner"
+        self.student = self.path / "student"
+        self.scores = self.path / "evaluation"
+        self.results = self.path / "results.json"
+        self.curve = self.path / "learning_curve.png"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def config(self) -> DistillConfig:
+        """The configuration of the run that is here. Raises `RunFolderError`, `ConfigError`."""
+        record = self.path / "config.json"
+        if not record.is_file():
+            raise RunFolderError(f"{self.path} holds no run: there is no config.json")
+        return parse_config(json.loads(record.read_text()))
+
+    @contextmanager
+    def claim(self, config: DistillConfig) -> Iterator[bool]:
+        """Hold the folder for this job; yields whether an earlier job of the same configuration left something.
+
+        Raises `RunFolderError` when the folder belongs to another configuration or another job runs in it.
+        """
+        record = self.path / "config.json"
+        if self.path.exists() and not record.exists() and any(self.path.iterdir()):
+            raise RunFolderError(f"run_dir {self.path} is not empty and holds no run; choose another run_dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(f"another job is running in {self.path}; wait for it or choose another run_dir") from None
+            found = record.exists()
+            plain = to_plain(config)
+            if found:
+                _compare(self.path, _fixed(json.loads(record.read_text())), _fixed(plain))
+            write_json(record, plain)
+            yield found
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Atomically, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=2, sort_keys=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
+        raise RunFolderError(
+            f"run_dir {path} belongs to another run: there {key} is {old.get(key)!r}, here it is {new.get(key)!r}{more}; "
+            "choose another run_dir"
+        )
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flat(config)
+    return {key: value for key, value in flat.items() if not any(key == free or key.startswith(free + ".") for free in FREE)}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,48 @@
+"""`StreamSource`: what the learner is handed. First what an earlier run recorded, then the live queue, then a last look into
+the ledger for what was recorded but never arrived (a worker may die between the two). Each trajectory comes once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+from rollout.ledger import Ledger
+from rollout.trajectory import Trajectory
+from rollout.trajectory_queue import TrajectoryQueue
+
+
+class StreamSource:
+    """A `learner.base.TrajectorySource`; picklable before its first use."""
+
+    def __init__(self, ledger: Path, queue: TrajectoryQueue | None) -> None:
+        self._ledger, self._queue = ledger, queue
+        self._delivered: set[str] = set()
+        self._waiting: deque[Trajectory] | None = None
+        self._streaming = queue is not None
+
+    def next(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
+        """See `learner.base.TrajectorySource`. Raises what the queue raises when its actor is gone."""
+        if self._waiting is None:
+            self._waiting = deque(self._recorded())
+        if self._waiting:
+            return [self._waiting.popleft() for _ in range(min(max_trajectories, len(self._waiting)))]
+        if not self._streaming:
+            return None
+        assert self._queue is not None
+        arrived = self._queue.get(max_trajectories, timeout_s)
+        if arrived is None:
+            self._streaming = False
+            self._waiting = deque(self._recorded())
+            return self.next(max_trajectories, timeout_s)
+        return list(self._new(arrived))
+
+    def _recorded(self) -> list[Trajectory]:
+        return list(self._new(Ledger(self._ledger).trajectories()))
+
+    def _new(self, trajectories: Iterable[Trajectory]) -> Iterable[Trajectory]:
+        for trajectory in trajectories:
+            if trajectory.trainable and trajectory.key not in self._delivered:
+                self._delivered.add(trajectory.key)
+                yield trajectory

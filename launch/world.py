@@ -1,0 +1,63 @@
+"""What a configuration's tasks and corpus are, loaded and checked before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from envs.base import Task, TaskError
+from envs.retrieval.corpus import Passage
+from envs.retrieval.spec import RetrieverSpec
+from envs.starter import StarterWorld
+from envs.tasks import check_disjoint, load_tasks
+from launch.config import DistillConfig, TaskSet
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Tasks by split, and what `web_search` searches."""
+
+    train: list[Task]
+    test: list[Task]
+    retriever: RetrieverSpec | None
+
+
+def load_world(config: DistillConfig, index_folder: Path) -> World:
+    """Raises `TaskError` or `CorpusError`-like errors that name file and line."""
+    tasks = config.tasks
+    starter = StarterWorld(tasks.seed) if tasks.source == "starter" else None
+    if starter is not None:
+        train = starter.train_tasks(tasks.train_count, seed=config.seed, arithmetic_share=tasks.arithmetic_share)
+        test = starter.test_tasks(tasks.test_count)
+    else:
+        train = [task for task_set in tasks.train for task in _load(task_set)][: tasks.train_count]
+        test = [task for task_set in tasks.test for task in _load(task_set)]
+        check_disjoint(train, test)
+    return World(train, test, _retriever(config, starter, index_folder))
+
+
+def _load(task_set: TaskSet) -> list[Task]:
+    return load_tasks(task_set.path, kind=task_set.kind, grader=task_set.grader)[: task_set.count]
+
+
+def _retriever(config: DistillConfig, starter: StarterWorld | None, index_folder: Path) -> RetrieverSpec | None:
+    retrieval = config.retrieval
+    if retrieval.kind == "none" or config.env.name != "code":
+        return None
+    if retrieval.corpus and not Path(retrieval.corpus).is_file():
+        raise TaskError(f"retrieval.corpus {retrieval.corpus!r} does not exist")
+    if not retrieval.corpus and starter is None:
+        raise TaskError("retrieval.corpus is empty: name a JSON-lines file of passages, or set retrieval.kind=none")
+    passages = None
+    if starter is not None and not retrieval.corpus:
+        passages = tuple(Passage(id=name, title=title, text=text) for name, title, text in starter.passages())
+    return RetrieverSpec(
+        kind=retrieval.kind,
+        corpus_path=retrieval.corpus or None,
+        passages=passages,
+        index_folder=str(index_folder),
+        encoder=retrieval.encoder,
+        encoder_dtype=retrieval.dtype,
+        query_prefix=retrieval.query_prefix,
+        passage_prefix=retrieval.passage_prefix,
+    )
