@@ -1,13 +1,14 @@
 """The base student's pretraining text: unlimited, seeded, generic. Copying, looking up, quoting, listing, plain Python.
 
-It holds no tools, no agent's turns, no arithmetic to be learnt by heart and nothing of any task: `tests/test_base_student.py`
-looks for that. A document is a list of pieces, each marked *given* (made up at random, nothing to learn from) or *learnt*
-(it follows from what was given); the loss is taken on the learnt pieces alone.
+It holds no tools, no agent's turns, no arithmetic to be learnt by heart and nothing of any task, which
+`tests/test_base_student.py` checks. A document is a list of pieces, each marked *given* (made up at random, nothing to
+learn) or *learnt* (it follows from what was given); the loss is taken on the learnt pieces alone.
 
     >>> document(random.Random(0)).text     # for instance '<|im_start|>user\\nRepeat: 4821, Velmora ...'
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -37,10 +38,18 @@ SYSTEM_LINES = (
 )
 
 
-# Never fields of a registry entry here: what a task may well ask about is left for the student to learn from its teacher.
+# Never fields of an entry here: what a task may well ask about is left for the student to learn.
 _LEFT_OUT = set(
-    "author writer poet novelist founder director mayor publisher birthplace employer employee profession population country "
-    "headquarters university college company city birth year border capital language inhabitant owner member".split()
+    "author writer poet novelist founder director mayor publisher birthplace employer employee profession population "
+    "country headquarters university college company city birth year border capital language inhabitant owner "
+    "member".split()
+)
+# Words thrown together can read like a question or a page of a task by chance: such documents are dropped.
+_LIKE_A_TASK = re.compile(
+    r"\b(buys?|bought|sells?|sold|loses|finds|gives? away|packs) (\w+ ){0,2}\d|\b(how many|in which|was born)\b"
+    r"|\b(written|wrote|published|founded|directed|released|created|born|based|located|employed) (by|in|at)\b"
+    r"|\bthe (author|writer|director|founder|mayor|publisher|birthplace|employer|headquarters) (of|is)\b|\bAnswer:",
+    re.IGNORECASE,
 )
 _NOUN_FIELDS = [noun for noun in NOUNS if noun not in _LEFT_OUT]
 
@@ -71,6 +80,8 @@ class Document:
 
 Exchange = tuple[str, str]
 """What is asked and what follows from it."""
+Exchanges = list[Exchange]
+"""Exchanges about one text; the first one holds the text."""
 
 
 # ---- exchanges: (what is asked, the answer that can be read off it)
@@ -102,34 +113,49 @@ def bullets(rng: random.Random) -> Exchange:
     return f"{form}: " + ", ".join(items), "\n".join(line(i, x) for i, x in enumerate(items, 1))
 
 
-def key_values(rng: random.Random) -> Exchange:
+def key_values(rng: random.Random) -> Exchanges:
     """Pairs, then a few keys to look up."""
     make_key = rng.choice((any_word, name, full_name, title, institution, lambda r: number(r, 2, 4)))
     pairs = {make_key(rng): item(rng) for _ in range(rng.randint(2, 12))}
     join, sep = rng.choice(((": ", "; "), (" = ", "\n"), (" -> ", "\n"), (" is ", ". "), (" - ", ", "), ("\t", "\n")))
-    asked = rng.sample(list(pairs), min(len(pairs), rng.randint(1, 3)))
-    head = sep.join(f"{k}{join}{v}" for k, v in pairs.items())
-    if rng.random() < 0.5:
-        return f"{head}\n{asked[0]}?", pairs[asked[0]]
-    if rng.random() < 0.5:
-        return f"{head}\nLook up: {', '.join(asked)}", "\n".join(f"{k}{join}{pairs[k]}" for k in asked)
-    return f"{head}\n{', '.join(asked)}?", ", ".join(pairs[k] for k in asked)
+    text = sep.join(f"{k}{join}{v}" for k, v in pairs.items())
+
+    def ask() -> Exchange:
+        asked = rng.sample(list(pairs), min(len(pairs), rng.randint(1, 3)))
+        return rng.choice(
+            (
+                (f"{asked[0]}?", pairs[asked[0]]),
+                (f"Look up: {', '.join(asked)}", "\n".join(f"{k}{join}{pairs[k]}" for k in asked)),
+                (f"{', '.join(asked)}?", ", ".join(pairs[k] for k in asked)),
+            )
+        )
+
+    return _about(rng, text, ask, most=min(len(pairs), 5))
 
 
-def numbered_lines(rng: random.Random) -> Exchange:
-    """Lines with numbers, one of them quoted, or several."""
+def _about(rng: random.Random, text: str, ask: Callable[[], Exchange], most: int) -> Exchanges:
+    """Up to `most` questions about one text, which stands before or after the first of them."""
+    (asked, answer), *more = [ask() for _ in range(rng.randint(1, most))]
+    return [(f"{text}\n{asked}" if rng.random() < 0.6 else f"{asked}\n{text}", answer), *more]
+
+
+def numbered_lines(rng: random.Random) -> Exchanges:
+    """Lines with numbers; some of them quoted."""
     lines = [
         sentence(rng, number(rng) if rng.random() < 0.5 else None) if rng.random() < 0.7 else item(rng)
         for _ in range(rng.randint(2, 8))
     ]
-    wanted = sorted(rng.sample(range(len(lines)), min(len(lines), rng.randint(1, 2))))
-    text = "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
-    if rng.random() < 0.5:
-        return f"{text}\nQuote line {' and '.join(str(i + 1) for i in wanted)}.", "\n".join(
-            f'Line {i + 1} says "{lines[i]}"' for i in wanted
-        )
-    start = " ".join(lines[wanted[0]].split()[: rng.randint(1, 2)])
-    return f'{text}\nWhich line starts with "{start}"?', next(line for line in lines if line.startswith(start))
+
+    def ask() -> Exchange:
+        wanted = sorted(rng.sample(range(len(lines)), min(len(lines), rng.randint(1, 2))))
+        if rng.random() < 0.6:
+            return f"Quote line {' and '.join(str(i + 1) for i in wanted)}.", "\n".join(
+                f'Line {i + 1} says "{lines[i]}"' for i in wanted
+            )
+        start = " ".join(lines[wanted[0]].split()[: rng.randint(1, 2)])
+        return f'Which line starts with "{start}"?', next(line for line in lines if line.startswith(start))
+
+    return _about(rng, "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)), ask, most=4)
 
 
 def neighbour(rng: random.Random) -> Exchange:
@@ -168,7 +194,7 @@ def _record(rng: random.Random, fields: list[str]) -> tuple[str, dict[str, str],
             rng.choice((f"{values[f]} as {f}", f"{f} {values[f]}", f"the {f} {values[f]}")) for f in order
         )
     elif style == 3:
-        prose = ", ".join(rng.choice((f"{f}: {values[f]}", f"{f} by {values[f]}", f"{f} in {values[f]}")) for f in order) + "."
+        prose = ", ".join(f"{f}{rng.choice((':', ' by', ' in'))} {values[f]}" for f in order) + "."
     else:
         prose = " ".join(f"{rng.choice(('Its', 'A', 'Their'))} {f}, {values[f]}, {words(rng, 1, 3)}." for f in order)
     return subject, values, prose
@@ -178,48 +204,55 @@ def _fields(rng: random.Random) -> list[str]:
     return rng.sample(FIELD_NAMES if rng.random() < 0.7 else _NOUN_FIELDS, rng.randint(2, 5))
 
 
-def registry(rng: random.Random) -> Exchange:
-    """Entries about made-up subjects; the field of one of them."""
+def registry(rng: random.Random) -> Exchanges:
+    """Entries about made-up subjects; fields of some of them."""
     fields = _fields(rng)
     records = [_record(rng, rng.sample(fields, rng.randint(1, len(fields)))) for _ in range(rng.randint(1, 4))]
     join = rng.choice((": ", " - ", ", ", " is "))
     lead = rng.choice(("", "", "Registry entry: ", "Entry: "))
-    text = "\n".join(f"{lead}{s}{join}{prose}" for s, _, prose in records)
-    subject, values, _ = rng.choice(records)
-    f = rng.choice(list(values))
-    question, answer = rng.choice(
-        (
-            (f"{f} of {subject}?", values[f]),
-            (f"{subject}: {f}?", values[f]),
-            (f"State the {f} of {subject}.", f"The {f} of {subject} is {values[f]}."),
-            (f"Which {f} does the entry {subject} give?", values[f]),
-            (f"{f} of {subject}", f"{f} of {subject} -> {values[f]}"),
-            (f"Note the {f} of {subject}.", f"The {f} is {values[f]}."),
-            (f"Set {f} from {subject}.", f'{f} = "{values[f]}"'),
+
+    def ask() -> Exchange:
+        subject, values, _ = rng.choice(records)
+        f = rng.choice(list(values))
+        return rng.choice(
+            (
+                (f"{f} of {subject}?", values[f]),
+                (f"{subject}: {f}?", values[f]),
+                (f"State the {f} of {subject}.", f"The {f} of {subject} is {values[f]}."),
+                (f"Which {f} does the entry {subject} give?", values[f]),
+                (f"{f} of {subject}", f"{f} of {subject} -> {values[f]}"),
+                (f"Note the {f} of {subject}.", f"The {f} is {values[f]}."),
+                (f"Set {f} from {subject}.", f'{f} = "{values[f]}"'),
+            )
         )
-    )
-    return (f"{text}\n{question}" if rng.random() < 0.7 else f"{question}\n{text}"), answer
+
+    text = "\n".join(f"{lead}{s}{join}{prose}" for s, _, prose in records)
+    return _about(rng, text, ask, most=1 + sum(len(values) for _, values, _ in records) // 2)
 
 
-def results(rng: random.Random) -> Exchange:
-    """A numbered list of pages; something from the one that matches."""
+def results(rng: random.Random) -> Exchanges:
+    """A numbered list of pages; something from the ones that match."""
     fields = _fields(rng)
     records = [_record(rng, rng.sample(fields, rng.randint(1, len(fields)))) for _ in range(rng.randint(2, 4))]
-    text = "\n".join(f"[{i}] {s}: {prose}" for i, (s, _, prose) in enumerate(records, 1))
-    i = rng.randrange(len(records))
-    subject, values, prose = records[i]
-    f = rng.choice(list(values))
-    question, answer = rng.choice(
-        (
-            (f"{subject}: which {f}?", f"[{i + 1}] gives the {f} {values[f]}."),
-            (f"Want: {f} of {subject}", f"The {f} of {subject} is {values[f]}."),
-            (f"Print the {f} of {subject}.", f'print("{values[f]}")'),
-            (f"What does the page {subject} say?", f"[{i + 1}] {subject}: {prose}"),
-            (f"{f} in [{i + 1}]?", f"The {f} is {values[f]}."),
-            ("Titles?", ", ".join(s for s, _, _ in records)),
+
+    def ask() -> Exchange:
+        i = rng.randrange(len(records))
+        subject, values, prose = records[i]
+        f = rng.choice(list(values))
+        return rng.choice(
+            (
+                (f"{subject}: which {f}?", f"[{i + 1}] gives the {f} {values[f]}."),
+                (f"Want: {f} of {subject}", f"The {f} of {subject} is {values[f]}."),
+                (f"Print the {f} of {subject}.", f'print("{values[f]}")'),
+                (f"What does the page {subject} say?", f"[{i + 1}] {subject}: {prose}"),
+                (f"{f} in [{i + 1}]?", f"The {f} is {values[f]}."),
+                (f"{f} in [{i + 1}], as code", f'# The {f} is {values[f]}.\nprint("{values[f]}")'),
+                ("Titles?", ", ".join(s for s, _, _ in records)),
+            )
         )
-    )
-    return (f"{text}\n{question}" if rng.random() < 0.5 else f"{question}\n{text}"), answer
+
+    text = "\n".join(f"[{i}] {s}: {prose}" for i, (s, _, prose) in enumerate(records, 1))
+    return _about(rng, text, ask, most=4)
 
 
 def follow(rng: random.Random) -> Exchange:
@@ -256,8 +289,7 @@ def commented_code(rng: random.Random) -> Exchange:
         if style == "text":
             value = proper(rng)
             s = rng.choice((f"{words(rng, 1, 4).capitalize()} {value}.", f"The {rng.choice(FIELD_NAMES)} is {value}."))
-            line = f'{rng.choice(("name", "text", "print", "print"))}'
-            line = f'print("{value}")' if line == "print" else f'{line} = "{value}"'
+            line = rng.choice((f'name = "{value}"', f'text = "{value}"', f'print("{value}")', f'print("{value}")'))
         else:
             value = number(rng, 1, 6)
             s = sentence(rng, value)
@@ -265,7 +297,8 @@ def commented_code(rng: random.Random) -> Exchange:
             if style == "new":
                 line = f"{chr(97 + i)} = {value}"
             elif style == "chain" and i:
-                s = rng.choice((f"{words(rng, 1, 5).capitalize()} {word} {value}.", f"{word.capitalize()} {value} {words(rng, 1, 4)}."))
+                s = rng.choice((f"{words(rng, 1, 5)} {word} {value}.", f"{word} {value} {words(rng, 1, 4)}."))
+                s = s[0].upper() + s[1:]
                 line = f"{variable} = {variable} {operator} {value}"
         sentences.append(s)
         code += [f"# {s}", line]
@@ -274,7 +307,8 @@ def commented_code(rng: random.Random) -> Exchange:
     joined = rng.choice((" ", " ", "\n")).join(sentences)
     block = "\n".join(code)
     fence = rng.choice(("", "", "```python\n"))
-    return joined + rng.choice(("", "\nWrite it as Python.", "\nPython, please.")), fence + block + ("\n```" if fence else "")
+    asked = joined + rng.choice(("", "\nWrite it as Python.", "\nPython, please."))
+    return asked, f"{fence}{block}\n```" if fence else block
 
 
 def plain_code(rng: random.Random) -> Exchange:
@@ -313,7 +347,7 @@ def session(rng: random.Random) -> Exchange:
     return f"{text}\n>>> print({names[i]})", values[i].strip('"')
 
 
-EXCHANGES: dict[Callable[[random.Random], Exchange], float] = {
+EXCHANGES: dict[Callable[[random.Random], Exchange | Exchanges], float] = {
     repeat: 4.0,
     bullets: 1.5,
     key_values: 2.0,
@@ -333,8 +367,9 @@ EXCHANGES: dict[Callable[[random.Random], Exchange], float] = {
 # ---- documents
 
 
-def _exchange(rng: random.Random) -> Exchange:
-    return rng.choices(list(EXCHANGES), weights=list(EXCHANGES.values()))[0](rng)
+def _exchanges(rng: random.Random) -> Exchanges:
+    made = rng.choices(list(EXCHANGES), weights=list(EXCHANGES.values()))[0](rng)
+    return made if isinstance(made, list) else [made]
 
 
 def chat(rng: random.Random) -> Document:
@@ -342,9 +377,10 @@ def chat(rng: random.Random) -> Document:
     doc = Document()
     if rng.random() < 0.6:
         doc.given(f"{TURN_START}system\n{rng.choice(SYSTEM_LINES)}{TURN_END}\n")
-    for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
-        asked, answer = _exchange(rng)
-        doc.given(f"{TURN_START}user\n{asked}{TURN_END}\n{TURN_START}assistant\n").learnt(f"{answer}{TURN_END}").given("\n")
+    for _ in range(rng.choice((1, 1, 2, 2, 3))):
+        for asked, answer in _exchanges(rng):
+            doc.given(f"{TURN_START}user\n{asked}{TURN_END}\n{TURN_START}assistant\n")
+            doc.learnt(f"{answer}{TURN_END}").given("\n")
     return doc
 
 
@@ -352,8 +388,8 @@ def plain(rng: random.Random) -> Document:
     """The same exchanges as running text."""
     doc = Document()
     for _ in range(rng.randint(1, 4)):
-        asked, answer = _exchange(rng)
-        doc.given(asked + "\n").learnt(answer + "\n")
+        for asked, answer in _exchanges(rng):
+            doc.given(asked + "\n").learnt(answer + "\n")
     return doc
 
 
@@ -361,7 +397,7 @@ def recall(rng: random.Random) -> Document:
     """Notes that come back word for word after other notes: copying over hundreds of tokens."""
     notes = {}
     for _ in range(rng.randint(3, 8)):
-        make = rng.choice((item, sentence, lambda r: sentence(r, number(r)), lambda r: ", ".join(item(r) for _ in range(4))))
+        make = rng.choice((item, sentence, lambda r: sentence(r, number(r)), lambda r: ", ".join(map(item, [r] * 4))))
         notes[f"{rng.choice(NOUNS)} {number(rng, 1, 2)}"] = make(rng)
     doc = Document()
     if rng.random() < 0.5:
@@ -369,7 +405,7 @@ def recall(rng: random.Random) -> Document:
     for key, text in notes.items():
         doc.given(f"Note {key}: {text}\n")
     order = rng.sample(list(notes), len(notes)) if rng.random() < 0.7 else list(notes)
-    for key in order[: rng.randint(1, len(order))]:
+    for key in order[: rng.randint(len(order) // 2, len(order))]:
         doc.given(f"Again {key}:").learnt(f" {notes[key]}\n")
     return doc
 
@@ -383,7 +419,7 @@ def whole_again(rng: random.Random) -> Document:
     return doc.learnt(passage + TURN_END).given("\n")
 
 
-DOCUMENTS: dict[Callable[[random.Random], Document], float] = {chat: 6.0, plain: 2.0, recall: 1.0, whole_again: 1.0}
+DOCUMENTS: dict[Callable[[random.Random], Document], float] = {chat: 6.0, plain: 1.5, recall: 1.5, whole_again: 1.0}
 
 
 def document(rng: random.Random) -> Document:
@@ -395,4 +431,6 @@ def documents(seed: int) -> Iterator[Document]:
     """Documents without end; the same seed gives the same ones."""
     rng = random.Random(seed)
     while True:
-        yield document(rng)
+        made = document(rng)
+        if _LIKE_A_TASK.search(made.text) is None:
+            yield made

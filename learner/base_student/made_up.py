@@ -1,7 +1,7 @@
 """Made-up things to copy: proper names from many syllable inventories, digit strings, titles, phrases, plain sentences.
 
-Every function takes a `random.Random` and returns one string. Names are never drawn from a list, so that a model trained on
-them learns to copy any name and not to remember some.
+Every function takes a `random.Random` and returns one string. Names are never drawn from a list, so that a model
+trained on them learns to copy any name and not to remember some.
 
     >>> name(random.Random(0))          # for instance 'Brisaimon'
 """
@@ -18,15 +18,19 @@ from learner.base_student.word_lists import (
     VERBS_PAST,
 )
 
-_INVENTORIES = [  # (onsets, vowels, codas): each its own made-up language
-    ("b d f g k l m n p r s t v z br dr kr st tr th sh".split(), "a e i o u ai ea".split(), ["", "", "n", "r", "l", "s", "m", "x"]),
-    ("b c d f g h j l m n p r s t v w".split(), "a e i o u".split(), ["", "", "n", "r", "s", "d", "th"]),
-    ("k t p s h m n r w y".split(), "a i u e o".split(), ["", "", "", "n", "i"]),
-    ("bl br cl cr dr fl fr gl gr pr st tr sk sp wh".split(), "a e i o u oo ee".split(), ["ck", "ll", "nd", "ng", "rt", "sk", "m", "t"]),
-    ("v z l m n r d s el al or".split(), "a ia io e ie o u".split(), ["", "", "r", "n", "th", "l", "ra"]),
-    ("kh qu z y r n d g b h j".split(), "a aa u o i ou".split(), ["", "sh", "q", "z", "m", "n", "r"]),
-    ("h j sv k th g b f l n r s v t".split(), "a e i o y au ei".split(), ["", "r", "n", "ld", "rn", "sson", "k", "berg"]),
-]  # fmt: skip
+# (onsets, vowels, codas): each line its own made-up language; "-" is nothing.
+_INVENTORIES = [
+    [["" if part == "-" else part for part in parts.split()] for parts in language]
+    for language in (
+        ("b d f g k l m n p r s t v z br dr kr st tr th sh", "a e i o u ai ea", "- - n r l s m x"),
+        ("b c d f g h j l m n p r s t v w", "a e i o u", "- - n r s d th"),
+        ("k t p s h m n r w y", "a i u e o", "- - - n i"),
+        ("bl br cl cr dr fl fr gl gr pr st tr sk sp wh", "a e i o u oo ee", "ck ll nd ng rt sk m t"),
+        ("v z l m n r d s el al or", "a ia io e ie o u", "- - r n th l ra"),
+        ("kh qu z y r n d g b h j", "a aa u o i ou", "- sh q z m n r"),
+        ("h j sv k th g b f l n r s v t", "a e i o y au ei", "- r n ld rn sson k berg"),
+    )
+]
 
 
 def name_syllables(rng: random.Random) -> list[str]:
@@ -45,7 +49,7 @@ def full_name(rng: random.Random) -> str:
 
 
 def number(rng: random.Random, least_digits: int = 1, most_digits: int = 8) -> str:
-    """A digit string without a leading zero; now and then of few distinct digits, which is the hard case for copying."""
+    """A digit string without a leading zero; now and then of few distinct digits, the hard case for copying."""
     digits = rng.randint(least_digits, most_digits)
     alphabet = rng.sample("0123456789", 2) if rng.random() < 0.15 else "0123456789"
     first = rng.choice([d for d in alphabet if d != "0"] or ["1"])
@@ -68,7 +72,8 @@ def institution(rng: random.Random) -> str:
 
 
 def any_word(rng: random.Random) -> str:
-    return rng.choice(rng.choice((NOUNS, NOUNS, ADJECTIVES, VERBS_PAST, OTHER_VERBS, FUNCTION_WORDS, UNITS, FIELD_NAMES)))
+    lists = (NOUNS, NOUNS, ADJECTIVES, VERBS_PAST, OTHER_VERBS, FUNCTION_WORDS, UNITS, FIELD_NAMES)
+    return rng.choice(rng.choice(lists))
 
 
 def words(rng: random.Random, least: int, most: int) -> str:

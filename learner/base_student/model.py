@@ -1,9 +1,9 @@
 """The base student's shape and its first weights: a plain Qwen2 whose attention starts out able to copy ("mimetic").
 
-Ordinary random weights spend their first millions of tokens on finding out that attention can copy. Here layer 0 starts by
-looking one, two or three tokens back (through the query and key biases and RoPE) and notes what stood there; layer 1 starts as
-induction heads, which find where the last tokens stood before and copy what came next. The idea is that of mimetic
-initialisation (Trockman & Kolter, arXiv 2305.09828); everything stays trainable.
+Ordinary random weights spend their first millions of tokens on finding out that attention can copy. Here layer 0 starts
+by looking one, two or three tokens back (through the query and key biases and RoPE) and notes what stood there; layer 1
+starts as induction heads, which find where the last tokens stood before and copy what came next. The idea is that of
+mimetic initialisation (Trockman & Kolter, arXiv 2305.09828); everything stays trainable.
 
     >>> build_model(model_config(tokenizer), seed=0).num_parameters()     # 2.07 million
 """

@@ -74,7 +74,9 @@ runs set call return returns print count counts check pick follow want open clos
 spend spends spent
 """.split()
 
-UNITS = "metres grams litres seconds minutes hours days degrees volts miles steps pages points rows tons watts bars".split()
+UNITS = """
+metres grams litres seconds minutes hours days degrees volts miles steps pages points rows tons watts bars
+""".split()
 
 FIELD_NAMES = """
 tone keeper shape grade label code motto patron emblem size depth rank shade crest seat guardian signal batch origin
