@@ -1,0 +1,139 @@
+"""Configuration: every recipe composes and is valid, and every mistake ends in one line that names it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.config import CONFIG_FOLDER, ConfigError, compose, load_config, parse_config, to_plain
+
+RECIPES = sorted(path.stem for path in (CONFIG_FOLDER / "recipe").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid_and_survives_a_round_trip(recipe):
+    config = load_config([f"recipe={recipe}"])
+    assert config.recipe == recipe
+    assert parse_config(to_plain(config)) == config
+
+
+@pytest.mark.parametrize(
+    "group", [f"{path.parent.name}={path.stem}" for path in sorted(CONFIG_FOLDER.glob("*/*.yaml"))]
+)
+def test_every_group_file_composes(group):
+    needs = {
+        "teacher=vllm": ["teacher.model=m/n"],
+        "teacher=openai": ["teacher.model=m", "teacher.base_url=http://127.0.0.1:1/v1"],
+        "student=hf": ["learner.model_path=m/n"],
+        "env=answer": ["episode.dialect=cot"],
+        "tasks=files": ["tasks.train=[{path: a.jsonl, kind: k}]", "tasks.test=[{path: b.jsonl, kind: k}]"],
+    }
+    load_config([group, *needs.get(group, [])])
+
+
+def test_paper_recipe_has_the_papers_values():
+    config = load_config(["recipe=paper"])
+    assert config.teacher.model == "Qwen/Qwen2.5-32B-Instruct"
+    assert config.learner.model_path == "Qwen/Qwen2.5-1.5B-Instruct"
+    lora = config.learner.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target) == (64, 128.0, 0.05, "all-linear")
+    learner = config.learner
+    assert (learner.lr, learner.epochs, learner.max_row_tokens, learner.optimizer) == (2e-4, 2, 10240, "adamw")
+    assert learner.rows_per_step == 8
+    assert (config.episode.max_steps, config.episode.first_thought, config.rollout.samples) == (5, True, 1)
+    assert (config.retrieval.encoder, config.env.search_results) == ("intfloat/e5-base-v2", 3)
+    assert (config.retrieval.query_prefix, config.retrieval.passage_prefix) == ("query: ", "passage: ")
+    evaluate = config.evaluate
+    assert (evaluate.candidates, evaluate.temperature, evaluate.top_p, evaluate.judge_model) == (8, 0.4, 0.8, "gpt-4o-mini")
+    counts = {task_set.kind: task_set.count for task_set in config.tasks.test}
+    assert list(counts.values()) == [500, 125, 500, 500, 500, 500, 90, 200]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["learner.epoch=3"], "config learner.epoch: unknown key; did you mean 'epochs'?"),
+        (["epochs=3"], "config epochs: unknown key"),
+        (["learner.epochs=many"], r"config learner.epochs: .*valid integer.*'many'"),
+        (["learner.lr=-1"], "lr is -1.0; it must be above 0"),
+        (["recipe=none_such"], "none_such"),
+        (["teacher=openai"], "teacher.model: Missing mandatory value"),
+        (["teacher.kind=magic"], "policy kind 'magic' is unknown; there are expert, vllm, openai"),
+        (["env=answer"], "env.name 'answer' does not go with episode.dialect 'code'"),
+        (["tasks=files"], "needs at least one file in both"),
+        (["tasks.test_count=0"], "must be at least 1"),
+        (["evaluate.kv_cache_mb=big"], "config evaluate.kv_cache_mb"),
+        (["env.limits.wall=3"], "config env.limits.wall: unknown key; did you mean 'wall_s'?"),
+        (["seed"], "seed"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(overrides, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        load_config(overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_fields_that_no_yaml_names():
+    assert load_config(["learner.warmup_steps=7"]).learner.warmup_steps == 7
+    assert compose(["seed=4"])["run_dir"] == "runs/starter-seed4"
+
+
+def job(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/distill.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["learner.epoch=3"], "learner.epoch: unknown key"),
+        (["tasks=files", "tasks.train=[{path: /no/such.jsonl, kind: k}]", "tasks.test=[{path: /no/such.jsonl, kind: k}]"],
+         "task file '/no/such.jsonl' does not exist"),
+        (["learner.model_path=/no/such/student"], "'/no/such/student' is no Hugging Face folder"),
+        (["learner.objective=magic"], "'magic' is unknown; there are"),
+        (["teacher=openai", "teacher.model=m", "teacher.base_url=http://127.0.0.1:9/v1"],
+         "teacher endpoint http://127.0.0.1:9/v1 does not answer"),
+    ],
+)  # fmt: skip
+def test_the_job_refuses_in_one_line_before_anything_starts(arguments, complaint, tmp_path):
+    run_dir = tmp_path / "run"
+    result = job(f"run_dir={run_dir}", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert complaint in result.stderr and result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not run_dir.exists()
+
+
+def test_the_job_names_file_and_line_of_a_malformed_task(tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n')
+    sets = [f"tasks.{split}=[{{path: {train}, kind: mine}}]" for split in ("train", "test")]
+    result = job("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert f"{train}:2: 'answer' must be a non-empty string or a number, not None" in result.stderr
+
+
+def test_the_job_refuses_a_folder_of_another_run(tmp_path):
+    from launch.run_folder import RunFolder
+
+    with RunFolder(tmp_path / "run").claim(load_config(["seed=1"])):
+        pass
+    result = job(f"run_dir={tmp_path / 'run'}", "seed=2")
+    assert result.returncode == 2
+    assert "belongs to another run" in result.stderr and "seed" in result.stderr
+
+
+def test_the_job_refuses_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    result = job(f"run_dir={tmp_path}")
+    assert result.returncode == 2 and "is not empty and holds no run" in result.stderr
+
+
+def test_help_and_cfg_answer_without_heavy_imports():
+    result = job("--help", timeout_s=20)
+    assert result.returncode == 0 and "recipe=paper" in result.stdout
+    result = job("recipe=paper", "--cfg")
+    assert result.returncode == 0 and "Qwen/Qwen2.5-32B-Instruct" in result.stdout

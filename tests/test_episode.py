@@ -1,0 +1,225 @@
+"""The episode loop: whose mistake is whose, first-thought prefix, self-consistent actions, limits."""
+
+import asyncio
+
+import pytest
+
+from envs.answer_env import AnswerEnv
+from envs.base import EnvError, Observation, ObservationKind, StepResult, Task
+from envs.grading import grade
+from rollout.async_env import ThreadedEnv
+from rollout.dialects import CODE, COT
+from rollout.episode import EpisodeSettings, run_episode
+from rollout.policy import PolicyError, ScriptedPolicy
+from rollout.self_consistency import ballot, vote
+from rollout.trajectory import FailureClass, SpanType, StopReason
+
+TASK = Task(id="t1", question="What is 6 times 7?", answer="42", kind="arithmetic")
+
+
+class CounterEnv:
+    """A tiny forkable env: `add n` changes a number, `say` answers with it, `boom` is our own failure."""
+
+    def __init__(self, can_preview: bool = True) -> None:
+        self.can_preview = can_preview
+        self.total = 0
+        self.ran: list[str] = []
+        self._previews: list[tuple[int, StepResult]] = []
+
+    def reset(self, task, seed):
+        self.total, self.ran, self.task = 0, [], task
+        return Observation(text=task.question), {}
+
+    def _run(self, action: str) -> tuple[int, StepResult]:
+        self.ran.append(action)
+        verb, _, number = action.partition(" ")
+        info = {"final_answer": None, "tool_calls": 0}
+        if verb == "boom":
+            raise EnvError("the sandbox is gone")
+        if verb == "say":
+            info["final_answer"] = str(self.total)
+            final = Observation(text=str(self.total), kind=ObservationKind.FINAL)
+            return self.total, StepResult(final, grade(self.task, str(self.total)), True, False, info)
+        if verb != "add":
+            return self.total, StepResult(Observation(text="?", kind=ObservationKind.CODE_ERROR), 0.0, False, False, info)
+        total = self.total + int(number)
+        return total, StepResult(Observation(text=str(total)), 0.0, False, False, info)
+
+    def step(self, action):
+        self.total, result = self._run(action)
+        return result
+
+    def preview(self, actions):
+        self._previews = [self._run(action) for action in actions]
+        return [result for _, result in self._previews]
+
+    def commit(self, index):
+        self.total, result = self._previews[index]
+        return result
+
+    def close(self):
+        pass
+
+
+def code(body: str) -> str:
+    return f"Thought: go\nCode:\n```py\n{body}\n```<end_code>"
+
+
+def run(reply, env=None, **settings):
+    policy = reply if isinstance(reply, ScriptedPolicy) else ScriptedPolicy(reply)
+    env = env or CounterEnv()
+    episode = run_episode(TASK, policy=policy, env=ThreadedEnv(env), settings=EpisodeSettings(**settings))
+    return asyncio.run(episode)
+
+
+def in_order(*bodies):
+    return lambda messages, i: code(bodies[sum(m.role == "assistant" for m in messages)])
+
+
+def test_solves_and_records_each_step():
+    trajectory = run(in_order("add 40", "add 2", "say"))
+    assert trajectory.success and trajectory.prediction == "42" and trajectory.stop_reason is StopReason.FINAL
+    assert [step.observation for step in trajectory.steps] == ["Observation:\n40", "Observation:\n42", "42"]
+    assert [m.role for m in trajectory.messages()] == ["system", "user"] + ["assistant", "user"] * 2 + ["assistant"]
+    assert trajectory.trainable
+
+
+def test_key_and_seed_depend_on_task_policy_and_settings_alone():
+    one, again = run(in_order("say")), run(in_order("say"))
+    other = run(in_order("say"), max_tokens=99)
+    assert (one.key, one.seed) == (again.key, again.seed) and one.key != other.key
+    assert run(in_order("say"), deadline_s=5.0).key == one.key
+
+
+def test_a_model_mistake_is_shown_to_the_model():
+    trajectory = run(lambda messages, i: "no code here" if len(messages) == 2 else code("say"))
+    assert trajectory.steps[0].observation_kind is ObservationKind.PARSE_ERROR
+    assert "no code block was found" in trajectory.messages()[3].content
+    assert trajectory.failure is None and not trajectory.trainable
+
+
+def test_our_failure_ends_the_episode_and_is_never_shown():
+    trajectory = run(in_order("add 1", "boom", "say"))
+    assert trajectory.stop_reason is StopReason.FAILED
+    assert trajectory.failure.failure_class is FailureClass.ENVIRONMENT
+    assert all("sandbox" not in message.content for message in trajectory.messages())
+    assert not trajectory.trainable
+
+
+@pytest.mark.parametrize(
+    ("failure_class", "stop"), [(FailureClass.ENGINE, StopReason.FAILED), (FailureClass.LIMIT, StopReason.LENGTH)]
+)
+def test_policy_errors_are_classified(failure_class, stop):
+    def reply(messages, i):
+        raise PolicyError("prompt too long", failure_class)
+
+    trajectory = run(reply)
+    assert trajectory.stop_reason is stop
+    assert (trajectory.failure is not None) == (stop is StopReason.FAILED)
+
+
+def test_max_steps_ends_it():
+    trajectory = run(lambda messages, i: code("add 1"), max_steps=3)
+    assert len(trajectory.steps) == 3 and trajectory.stop_reason is StopReason.MAX_STEPS and not trajectory.success
+
+
+def test_a_straggler_is_cut_off_at_its_deadline():
+    class Slow(ScriptedPolicy):
+        async def complete(self, messages, sampling, *, prefix=""):
+            await asyncio.sleep(30)
+            return []
+
+    trajectory = run(Slow(lambda messages, i: ""), deadline_s=0.2)
+    assert trajectory.stop_reason is StopReason.DEADLINE and trajectory.duration_s < 5
+
+
+def test_self_consistency_follows_the_majority_and_runs_nothing_twice():
+    bodies = ["add 1", "add 42", "nonsense", "add 42", "add 7"]
+    env = CounterEnv()
+    policy = ScriptedPolicy(lambda messages, i: code(bodies[i]) if len(messages) == 2 else code("say"))
+    trajectory = run(policy, env, candidates=5, temperature=0.7)
+    first = trajectory.steps[0]
+    assert (first.chosen, [c.votes for c in first.candidates]) == (1, [1, 2, 0, 2, 1])
+    assert trajectory.prediction == "42" and trajectory.success
+    assert env.ran[:5] == bodies and env.ran.count("say") == 5
+
+
+def test_self_consistency_without_a_valid_candidate_takes_the_first():
+    replies = ["not code", code("nonsense")]
+    trajectory = run(lambda messages, i: replies[i], candidates=2, temperature=0.7, max_steps=1)
+    assert trajectory.steps[0].chosen == 0
+    assert trajectory.steps[0].observation_kind is ObservationKind.PARSE_ERROR
+
+
+def test_an_env_that_cannot_fork_is_voted_on_by_action():
+    env = CounterEnv(can_preview=False)
+    bodies = ["add 1", "add  42", "add 42"]
+    policy = ScriptedPolicy(lambda messages, i: code(bodies[i]) if len(messages) == 2 else code("say"))
+    trajectory = run(policy, env, candidates=3, temperature=0.7)
+    assert trajectory.success and env.ran == ["add  42", "say"]
+
+
+@pytest.mark.parametrize(
+    ("ballots", "winner", "counts"),
+    [
+        (["a", "b", "b"], 1, (1, 2, 2)),
+        (["a", "b", "c"], 0, (1, 1, 1)),
+        ([None, "b", "a"], 1, (0, 1, 1)),
+        ([None, None], 0, (0, 0)),
+        (["a", "b", "b", "a"], 0, (2, 2, 2, 2)),
+    ],
+)
+def test_vote(ballots, winner, counts):
+    outcome = vote(ballots)
+    assert (outcome.winner, outcome.counts) == (winner, counts)
+
+
+def test_ballots_are_normalised_and_final_answers_are_apart():
+    assert ballot(Observation(text=" Paris \n")) == ballot(Observation(text="paris"))
+    assert ballot(Observation(text="paris")) != ballot(Observation(text="paris", kind=ObservationKind.FINAL))
+    assert ballot(Observation(text="paris", kind=ObservationKind.CODE_ERROR)) is None
+
+
+def test_first_thought_seeds_the_first_turn_alone():
+    def reply(messages, i):
+        if messages[0].content == COT.system_prompt:
+            return "Multiply the two numbers.\n\nThen answer.\nAnswer: 42"
+        return "\nCode:\n```py\nadd 42\n```<end_code>" if len(messages) == 2 else code("say")
+
+    policy = ScriptedPolicy(reply)
+    trajectory = run(policy, first_thought=True)
+    assert trajectory.first_thought == "Multiply the two numbers."
+    assert trajectory.steps[0].completion.text.startswith("Thought: Multiply the two numbers.\nCode:")
+    assert [prefix for _, _, prefix in policy.calls] == ["", "Thought: Multiply the two numbers.", ""]
+    assert trajectory.success
+
+
+def test_chain_of_thought_is_an_episode_of_one_step():
+    policy = ScriptedPolicy(lambda messages, i: "6 times 7 is 42.\nAnswer: 42")
+    settings = EpisodeSettings(dialect="cot", max_steps=1)
+    env = ThreadedEnv(AnswerEnv(grade=grade))
+    trajectory = asyncio.run(run_episode(TASK, policy=policy, env=env, settings=settings))
+    assert trajectory.success and len(trajectory.steps) == 1
+    assert {span.type for span in trajectory.steps[0].spans} == {SpanType.THOUGHT, SpanType.ANSWER}
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        (code("x = 1"), "x = 1"),
+        ("Thought: t\nCode:\n```python\nx = 1\n```", "x = 1"),
+        ("```py\nx = 1\n```<end_code>", "x = 1"),
+        ("Thought: none", None),
+        ("```py\n\n```", None),
+        ("", None),
+    ],
+)
+def test_code_dialect_parses(text, action):
+    turn = CODE.parse(text)
+    assert turn.action == action and (turn.error is None) == (action is not None)
+    assert "".join(text[span.start : span.end] for span in turn.spans) == text
+
+
+def test_greedy_candidates_are_refused():
+    with pytest.raises(ValueError, match="candidates=8 need a temperature above 0"):
+        EpisodeSettings(candidates=8)

@@ -1,0 +1,105 @@
+"""Task files are checked row by row; graders agree with people and never raise; intervals are Wilson's."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from envs.base import Task, TaskError
+from envs.grading import GRADERS, grade
+from envs.tasks import check_disjoint, load_tasks
+from launch.intervals import score
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def test_jsonl_rows_become_tasks(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question": "q1", "answer": 4.5}, "", {"id": "x", "question": "q2", "answer": "b", "level": 3})
+    first, second = load_tasks(path, kind="math", grader="numeric")
+    assert (first.id, first.answer, first.kind, first.grader) == ("a-0", "4.5", "math", "numeric")
+    assert second.id == "x" and second.metadata == {"level": 3}
+
+
+def test_the_papers_files_load(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"metadata": {}, "examples": [{"id": 7, "question": "q", "answer": "a", "type": "bridge"}]}))
+    [task] = load_tasks(path)
+    assert task.id == "7" and task.metadata == {"type": "bridge"}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ('{"question": ', r":2: not JSON"),
+        ("[1]", r":2: a task is a JSON object, not list"),
+        ('{"answer": "a"}', r":2: 'question' must be a non-empty string, not None"),
+        ('{"question": "q", "answer": ""}', r":2: 'answer' must be"),
+        ('{"question": "q", "answer": true}', r":2: 'answer' must be"),
+        ('{"question": "q", "answer": "a", "aliases": "b"}', r":2: 'aliases' must be a list of strings"),
+        ('{"question": "q", "answer": "a", "grader": "vibes"}', r":2: grader 'vibes' is unknown; there are"),
+        ('{"id": "bad-0", "question": "q", "answer": "a"}', r":2: id 'bad-0' was already used at .*:1"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, complaint):
+    path = write(tmp_path / "bad.jsonl", {"question": "fine", "answer": "fine"}, row)
+    with pytest.raises(TaskError, match=complaint):
+        load_tasks(path)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path):
+    with pytest.raises(TaskError, match="does not exist"):
+        load_tasks(tmp_path / "none.jsonl")
+    with pytest.raises(TaskError, match="holds no task"):
+        load_tasks(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_leakage_between_train_and_test_is_refused():
+    train = [Task(id="a", question="What  is it?", answer="1", kind="k")]
+    with pytest.raises(TaskError, match="'b' has the same question as training task 'a'"):
+        check_disjoint(train, [Task(id="b", question="what is IT?", answer="1", kind="k")])
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer", "prediction", "right"),
+    [
+        ("exact", "The Silver Harbor", "silver harbor!", True),
+        ("exact", "Paris", "London", False),
+        ("exact", "42", "42", True),
+        ("exact", "42", "42.0", False),
+        ("numeric", "42", "42.0", True),
+        ("numeric", "1,234.5", "$1234.5", True),
+        ("numeric", "42", "43", False),
+        ("numeric", "42", "nan", False),
+        ("numeric", "blue", "Blue", True),
+        ("numeric", "42", "", False),
+    ],
+)
+def test_graders(grader, answer, prediction, right):
+    task = Task(id="t", question="q", answer=answer, kind="k", grader=grader)
+    assert grade(task, prediction) == float(right)
+
+
+def test_aliases_count():
+    task = Task(id="t", question="q", answer="United States", aliases=("USA",), kind="k")
+    assert grade(task, "usa") == 1.0
+
+
+@given(st.text(), st.sampled_from(sorted(GRADERS)))
+def test_graders_never_raise_on_what_a_model_wrote(prediction, grader):
+    assert grade(Task(id="t", question="q", answer="17", kind="k", grader=grader), prediction) in (0.0, 1.0)
+
+
+def test_wilson_interval_has_its_published_values():
+    """Newcombe 1998 (https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I, method 3."""
+    for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+        result = score(successes, n)
+        assert (round(result.low, 4), round(result.high, 4)) == (low, high)
+
+
+def test_a_score_needs_tasks():
+    with pytest.raises(ValueError, match="0 of 0"):
+        score(0, 0)
