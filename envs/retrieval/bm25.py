@@ -90,12 +90,15 @@ class Bm25Retriever:
         indptr: np.ndarray,
         settings: Bm25Settings | None = None,
     ) -> None:
+        import numpy as np
+
         from envs.retrieval.bm25_kernel import top_rows
 
         self._corpus = corpus
         self._vocabulary = vocabulary
         self._data, self._indices, self._indptr = data, indices, indptr
         self._top_rows = top_rows
+        top_rows(data, indices, indptr, np.empty(0, dtype=np.int64), corpus.tie_rank, 1)  # compiled now, not by a query
         self.settings = settings or Bm25Settings()
         self.fingerprint = digest({"kind": "bm25", "corpus": corpus.sha256, **self.settings.facts()})
 

@@ -160,7 +160,7 @@ class RetrievalService:
             self._counts["cached"] += 1
             return list(cached)
         limit_s = self.settings.timeout_s if timeout_s is None else timeout_s
-        return list(await self._wait_for(self._flight(key), limit_s))
+        return list(await self._wait_for(self._board(key), limit_s))
 
     async def search_many(self, queries: Sequence[str], k: int, *, timeout_s: float | None = None) -> list[list[Hit]]:
         """`search` for several queries at once, in their order; raises what the first failing one raises."""
@@ -185,22 +185,24 @@ class RetrievalService:
         if self._own_executor:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _flight(self, key: _Key) -> _Flight:
+    def _board(self, key: _Key) -> _Flight:
+        """The flight of `key`, with the caller counted among its waiters."""
         flight = self._flights.get(key)
         if flight is not None:
             self._counts["joined"] += 1
+            flight.waiters += 1
             return flight
         if len(self._pending) >= self.settings.max_pending:
             self._counts["overloaded"] += 1
             raise RetrievalOverloaded(f"{len(self._pending)} queries wait already, the limit is max_pending")
         flight = _Flight(key, asyncio.get_running_loop().create_future())
+        flight.waiters = 1  # before `_arm`, which may dispatch it at once and drops what nobody waits for
         self._flights[key] = flight
         self._pending.append(flight)
         self._arm()
         return flight
 
     async def _wait_for(self, flight: _Flight, timeout_s: float) -> tuple[Hit, ...]:
-        flight.waiters += 1
         try:
             async with asyncio.timeout(timeout_s):
                 # Shielded: a caller that gives up or is cancelled must not take the others' result with it.
