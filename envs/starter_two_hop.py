@@ -25,23 +25,24 @@ _NOUNS = (
 _COMPANY_SUFFIXES = "Industries Labs Motors Foods Systems Press Bank Airlines".split()
 _JOBS = "novelist engineer physicist painter composer chemist architect singer".split()
 
+# A page begins with its subject's name, as an encyclopedia's does: it is what ranks it above pages that mention the subject.
 PAGES: dict[str, tuple[str, ...]] = {
     "person": (
-        "a {job} born in {birthplace} in {birth_year}, studied at {university} and works for {employer}.",
-        "born in {birthplace} in {birth_year}, works for {employer} as a {job} and studied at {university}.",
+        "{name} is a {job} born in {birthplace} in {birth_year}, studied at {university} and works for {employer}.",
+        "{name}, born in {birthplace} in {birth_year}, works for {employer} as a {job} and studied at {university}.",
     ),
-    "city": ("a city in {country} with {population} inhabitants. The mayor is {mayor}.",),
+    "city": ("{name} is a city in {country} with {population} inhabitants. The mayor is {mayor}.",),
     "company": (
-        "a company founded by {founder} in {founding_year}, based in {base}.",
-        "based in {base}, a company created in {founding_year}. The founder is {founder}.",
+        "{name} is a company founded by {founder} in {founding_year}, based in {base}.",
+        "{name}, based in {base}, is a company created in {founding_year}. The founder is {founder}.",
     ),
     "book": (
-        "a novel written by {author}, published by {publisher} in {year}.",
-        "a novel published in {year} by {publisher}. The author is {author}.",
+        "{name} is a novel written by {author}, published by {publisher} in {year}.",
+        "{name} is a novel published in {year} by {publisher}. The author is {author}.",
     ),
     "film": (
-        "a {year} film directed by {director}, set in {setting}.",
-        "a film set in {setting}, released in {year} and directed by {director}.",
+        "{name} is a {year} film directed by {director}, set in {setting}.",
+        "{name} is a film set in {setting}, released in {year} and directed by {director}.",
     ),
 }
 
@@ -61,7 +62,9 @@ class Relation:
 
 
 FIRST_HOPS = (
-    Relation("book", "author", "person", ("the author of {x}", "the writer of the novel {x}", "the person who wrote {x}")),
+    Relation(
+        "book", "author", "person", ("the author of {x}", "the writer of the novel {x}", "the person who wrote {x}")
+    ),
     Relation("book", "publisher", "company", ("the publisher of {x}", "the company that published {x}")),
     Relation("film", "director", "person", ("the director of {x}", "the person who directed {x}")),
     Relation("film", "setting", "city", ("the city where {x} is set",)),
@@ -168,7 +171,7 @@ def make_encyclopedia(seed: int) -> Encyclopedia:
     for kind, members in names.items():
         for name in members:
             facts = makers[kind]()
-            entities[name] = Entity(name, kind, facts, rng.choice(PAGES[kind]).format(**facts))
+            entities[name] = Entity(name, kind, facts, rng.choice(PAGES[kind]).format(name=name, **facts))
     held_out = frozenset(rng.sample(sorted(entities), len(entities) * 15 // 100))
     return Encyclopedia(entities, held_out)
 
@@ -220,7 +223,7 @@ def read_page(text: str) -> dict[str, str]:
             pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(template))
             found = re.fullmatch(pattern, text)
             if found:
-                return found.groupdict()
+                return {fact: value for fact, value in found.groupdict().items() if fact != "name"}
     return {}
 
 
