@@ -405,7 +405,7 @@ class Session:
         self._candidates, self._executions, self._fork_of = [], [], []
 
     def _shut(self) -> None:
-        """End all of the episode's processes, and wait until they have ended."""
+        """End all of the episode's processes; the keeper, which takes the others down, has ended when this returns."""
         self._drop_candidates()
         holder, self._holder = self._holder, None
         try:

@@ -214,11 +214,10 @@ def _visible(paths: list[str]) -> list[str]:
 def _readable(paths: list[str]) -> bool:
     try:
         for path in paths:
-            if os.path.isdir(path):
-                os.listdir(path)
+            os.listdir(path)
     except OSError:
         return False
-    return any(os.path.isdir(path) for path in paths)
+    return True
 
 
 def _prefer_for_oom_kill() -> None:
