@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from envs.retrieval.retriever import Hit, Retriever, check_k
 from envs.retrieval.service import RetrievalService, RetrievalTimeout, ServiceSettings, ServiceStats
 from envs.retrieval.spec import RetrieverSpec
 
+_PART_BYTES = 64 << 10  # Ray keeps arguments below 100 kB in the actor's own description
 _ENV_VARS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -44,18 +47,22 @@ class RetrievalReady:
 
 
 class RetrievalActor:
-    """The class that `start_retrieval_actor` wraps; see the module's docstring. Its methods are coroutines."""
+    """The class that `start_retrieval_actor` wraps; see the module's docstring. Its methods are coroutines.
 
-    def __init__(self, spec: RetrieverSpec, settings: ServiceSettings | None = None) -> None:
+    `packed_spec` is a `RetrieverSpec` as `pack` gives it.
+    """
+
+    def __init__(self, settings: ServiceSettings | None, *packed_spec: bytes) -> None:
         self._started_s = time.monotonic()
         self._load_s = 0.0
         self._settings = settings or ServiceSettings()
         # The thread that loads is the thread that searches: whatever a library keeps per thread is set up once.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="retrieval")
-        self._loading = self._executor.submit(self._load, spec)
+        self._loading = self._executor.submit(self._load, packed_spec)
         self._service: RetrievalService | None = None
 
-    def _load(self, spec: RetrieverSpec) -> Retriever:
+    def _load(self, packed_spec: tuple[bytes, ...]) -> Retriever:
+        spec: RetrieverSpec = pickle.loads(zlib.decompress(b"".join(packed_spec)))
         retriever = spec.build()
         retriever.search(["warm up"], 1)  # compiles and first touches are paid here, not by the first caller
         self._load_s = time.monotonic() - self._started_s
@@ -94,6 +101,16 @@ class RetrievalActor:
         return self._service
 
 
+def pack(spec: RetrieverSpec) -> list[bytes]:
+    """`spec` in small parts.
+
+    One large argument would go to the object store, and an actor whose argument was lost there cannot be restarted
+    (https://github.com/ray-project/ray/issues/53727).
+    """
+    packed = zlib.compress(pickle.dumps(spec))
+    return [packed[at : at + _PART_BYTES] for at in range(0, len(packed), _PART_BYTES)]
+
+
 def start_retrieval_actor(
     spec: RetrieverSpec,
     *,
@@ -122,7 +139,7 @@ def start_retrieval_actor(
     }
     if name is not None:
         options["name"] = name
-    return ray.remote(RetrievalActor).options(**options).remote(spec, settings)
+    return ray.remote(RetrievalActor).options(**options).remote(settings, *pack(spec))
 
 
 class RayRetrieverClient:
