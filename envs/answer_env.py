@@ -1,4 +1,5 @@
-"""`AnswerEnv`: no tools, one step, the action is the answer. The env of chain-of-thought policies, the paper's baseline."""
+"""`AnswerEnv`: no tools, one step, the action is the answer. The env of chain-of-thought policies, the paper's
+baseline."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class AnswerEnv:
 
     def commit(self, index: int) -> StepResult:
         if not 0 <= index < len(self._previews):
-            raise RuntimeError(f"commit({index}) without a preview of that action; {len(self._previews)} were previewed")
+            raise RuntimeError(
+                f"commit({index}) without a preview of that action; {len(self._previews)} were previewed"
+            )
         result, self._previews, self._task = self._previews[index], [], None
         return result
 

@@ -1,8 +1,9 @@
 """The contract every environment keeps: the nouns `Task`, `Env`, `StepResult`, `Observation`, `EnvError`.
 
-An `Env` holds one episode at a time and speaks Gymnasium's words in Gymnasium's order (https://gymnasium.farama.org/api/env/),
-with text as action and observation. What it adds is `preview`/`commit`: run k candidate actions from the same state without side
-effects on one another, then keep one of them without running it again.
+An `Env` holds one episode at a time and speaks Gymnasium's words in Gymnasium's order
+(https://gymnasium.farama.org/api/env/), with text as action and observation. What it adds is `preview`/`commit`: run k
+candidate actions from the same state without side effects on one another, then keep one of them without running it
+again.
 
 A model's mistake (bad code, an unknown tool, a limit) is an `Observation`; only our own failure raises `EnvError`.
 

@@ -1,7 +1,8 @@
 """Graders: does a prediction answer a task? They never raise on what a model wrote, however odd.
 
-`exact` compares as SQuAD does (case, articles, punctuation and white space aside; https://arxiv.org/abs/1606.05250) and takes
-a task's aliases; `numeric` compares as numbers within a relative tolerance of 1e-6 and falls back to `exact`.
+`exact` compares as SQuAD does (case, articles, punctuation and white space aside; https://arxiv.org/abs/1606.05250)
+and takes a task's aliases; `numeric` compares as numbers within a relative tolerance of 1e-6 and falls back to
+`exact`.
 
 Example::
 
@@ -43,7 +44,8 @@ GRADERS: dict[str, Grader] = {"exact": exact, "numeric": numeric}
 
 
 def grade(task: Task, prediction: str) -> float:
-    """Score in [0, 1] by the task's own grader. Raises `KeyError` for a grader that does not exist (checked at loading)."""
+    """Score in [0, 1] by the task's own grader. Raises `KeyError` for a grader that does not exist (checked at
+    loading)."""
     return GRADERS[task.grader](task, prediction)
 
 

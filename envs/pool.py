@@ -1,8 +1,9 @@
-"""Ray actors that host envs: `EnvHost` holds many episodes at once around one sandbox, `RemoteEnv` is one slot seen from afar.
+"""Ray actors that host envs: `EnvHost` holds many episodes at once around one sandbox, `RemoteEnv` is one slot seen
+from afar.
 
-Consumes calls from rollout workers, one slot an episode; waits for the retrieval actor inside a step, never longer than the
-call's limit. A dead host is an `EnvError` for the episodes that lived on it; Ray starts the actor again and the next
-`reset` finds a fresh one.
+Consumes calls from rollout workers, one slot an episode; waits for the retrieval actor inside a step, never longer
+than the call's limit. A dead host is an `EnvError` for the episodes that lived on it; Ray starts the actor again and
+the next `reset` finds a fresh one.
 
 Example::
 
@@ -139,15 +140,15 @@ class RemoteEnv:
         await self._call(self._host.release.remote(self._slot), "release")
 
     async def _call(self, reference: Awaitable[Any], what: str) -> Any:
-        import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             return await asyncio.wait_for(reference, self._timeout_s)
         except TimeoutError:
             raise EnvError(f"env host did not finish {what} within {self._timeout_s:g} s") from None
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise EnvError(f"env host died during {what}: {type(error).__name__}") from None
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, EnvError):
                 raise EnvError(str(cause)) from None

@@ -1,8 +1,9 @@
 """The built-in world: tasks that are made from a seed, not downloaded, and the pages that their agent can search.
 
 Kinds: `arithmetic` (word problems that need real computation) and `two_hop` (questions that need two searches); the
-held-out set also has `arithmetic_unseen` and `two_hop_unseen`, whose combinations of clauses or relations never stand in
-training. Train and held-out tasks share no question, no tuple of numbers and no pair of entities (`tests/test_starter.py`).
+held-out set also has `arithmetic_unseen` and `two_hop_unseen`, whose combinations of clauses or relations never stand
+in training. Train and held-out tasks share no question, no tuple of numbers and no pair of entities
+(`tests/test_starter.py`).
 
 Example::
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 from envs.base import Task
 from envs.starter_arithmetic import make_problem
-from envs.starter_two_hop import Encyclopedia, make_encyclopedia, make_two_hop, made_up_words
+from envs.starter_two_hop import Encyclopedia, made_up_words, make_encyclopedia, make_two_hop
 
 KINDS = ("arithmetic", "two_hop", "arithmetic_unseen", "two_hop_unseen")
 TRAIN_KINDS = KINDS[:2]
@@ -35,9 +36,7 @@ class StarterWorld:
 
     def passages(self) -> list[tuple[str, str, str]]:
         """(id, title, text) of every page."""
-        return [
-            (str(i), entity.name, entity.text) for i, entity in enumerate(self.encyclopedia.entities.values())
-        ]
+        return [(str(i), entity.name, entity.text) for i, entity in enumerate(self.encyclopedia.entities.values())]
 
     def train_tasks(self, count: int, *, seed: int = 0, arithmetic_share: float = 0.5) -> list[Task]:
         """`count` different training tasks, arithmetic and two-hop mixed at random."""

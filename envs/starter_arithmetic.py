@@ -1,9 +1,8 @@
 """Arithmetic half of the starter world: word problems over large numbers, made from a seed.
 
 A problem is an opening sentence, one to three clauses that each change the amount, and a question. Its numbers are too
-large to guess. Held out are all problems whose tuple of numbers falls into a fixed fifth of all tuples, and, as a kind of
-its own, problems with an ordered pair of clauses that never stands in training (`UNSEEN_PAIRS`).
-"""
+large to guess. Held out are all problems whose tuple of numbers falls into a fixed fifth of all tuples, and, as a kind
+of its own, problems with an ordered pair of clauses that never stands in training (`UNSEEN_PAIRS`). """
 
 from __future__ import annotations
 

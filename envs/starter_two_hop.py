@@ -1,9 +1,9 @@
 """Two-hop half of the starter world: a made-up encyclopedia and questions that need two of its pages.
 
-"In which city was the author of The Silver Harbor born?" needs the page of the book (who is the author?) and then the page
-of the author (where born?). Held out are the questions about a fixed share of first entities, so that no pair of entities
-is shared with training, and, as a kind of its own, combinations of two relations that never stand in training.
-"""
+"In which city was the author of The Silver Harbor born?" needs the page of the book (who is the author?) and then the
+page of the author (where born?). Held out are the questions about a fixed share of first entities, so that no pair of
+entities is shared with training, and, as a kind of its own, combinations of two relations that never stand in
+training. """
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ _ONSETS = "b d f g k l m n p r s t v z br dr kr st tr th sh".split()
 _VOWELS = "a e i o u ai ea".split()
 _CODAS = ["", "", "n", "r", "l", "s", "m", "x"]
 _ADJECTIVES = (
-    "Silver Hidden Broken Golden Silent Crimson Distant Hollow Burning Frozen Gentle Ancient Bitter Wild Pale Quiet Iron "
-    "Velvet Amber Lost Restless Narrow Winter Scarlet Stolen Sunken Bright Endless Fading Lonely"
+    "Silver Hidden Broken Golden Silent Crimson Distant Hollow Burning Frozen Gentle Ancient Bitter Wild Pale Quiet "
+    "Iron Velvet Amber Lost Restless Narrow Winter Scarlet Stolen Sunken Bright Endless Fading Lonely"
 ).split()
 _NOUNS = (
-    "Harbor River Garden Mirror Tower Forest Letter Crown Bridge Lantern Mountain Road Island Window Clock Orchard Shadow "
-    "Song Desert Compass Feather Castle Ocean Valley Station Library Candle Storm Voyage Meadow"
+    "Harbor River Garden Mirror Tower Forest Letter Crown Bridge Lantern Mountain Road Island Window Clock Orchard "
+    "Shadow Song Desert Compass Feather Castle Ocean Valley Station Library Candle Storm Voyage Meadow"
 ).split()
 _COMPANY_SUFFIXES = "Industries Labs Motors Foods Systems Press Bank Airlines".split()
 _JOBS = "novelist engineer physicist painter composer chemist architect singer".split()
 
-# A page begins with its subject's name, as an encyclopedia's does: it is what ranks it above pages that mention the subject.
+# A page begins with its subject's name, as an encyclopedia's does: it is what ranks it above pages that mention the
+# subject.
 PAGES: dict[str, tuple[str, ...]] = {
     "person": (
         "{name} is a {job} born in {birthplace} in {birth_year}, studied at {university} and works for {employer}.",
@@ -49,7 +50,8 @@ PAGES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A fact that a page of `subject` type tells: its name, what type it leads to (None: a plain value), how it is asked."""
+    """A fact that a page of `subject` type tells: its name, what type it leads to (None: a plain value), how it is
+    asked."""
 
     subject: str
     name: str
@@ -210,7 +212,8 @@ def read_two_hop(question: str) -> TwoHop | None:
                 if first.target != second.subject:
                     continue
                 for entity in _filled(first.phrases, middle):
-                    # "the mayor of the city {x}" also fits "the mayor of {x}": the longest phrase leaves the shortest name.
+                    # "the mayor of the city {x}" also fits "the mayor of {x}": the longest phrase leaves the shortest
+                    # name.
                     if best is None or len(entity) < len(best.entity):
                         best = TwoHop(entity, first, second)
     return best

@@ -1,4 +1,5 @@
-"""Task files: JSON lines (`{"question", "answer", ...}` a line) and the paper's JSON (`{"metadata", "examples": [...]}`).
+"""Task files: JSON lines (`{"question", "answer", ...}` a line) and the paper's JSON (`{"metadata", "examples":
+[...]}`).
 
 Every row is checked before anything starts; a bad one is named by file and line.
 

@@ -1,8 +1,8 @@
 """Try a student on a question, and see its thoughts, code and observations: everything in this process, no Ray.
 
-    python -m launch.ask "In which city was the author of The Silver Harbor born?"
-    python -m launch.ask --run runs/starter-seed0 --candidates 8 "..."      self-consistent actions
-    python -m launch.ask --example two_hop                                  a held-out question of the run
+python -m launch.ask "In which city was the author of The Silver Harbor born?"
+python -m launch.ask --run runs/starter-seed0 --candidates 8 "..."      self-consistent actions
+python -m launch.ask --example two_hop                                  a held-out question of the run
 """
 
 from __future__ import annotations

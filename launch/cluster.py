@@ -5,6 +5,7 @@ A local Ray ends with the run, whatever ends it: its processes are started by th
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str]:
 
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             what = f"the Ray at {address}"
         else:
             ray.init(
@@ -51,7 +52,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str]:
                 object_store_memory=config.object_store_mb << 20,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
             what = "a Ray of its own on this machine"
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -196,7 +196,8 @@ def to_plain(config: Any) -> Any:
 
 
 def _override(text: str) -> str:
-    """`a.b=1` may set a field that no YAML file names, since the schema has it; unknown ones are refused by the schema."""
+    """`a.b=1` may set a field that no YAML file names, since the schema has it; unknown ones are refused by the
+    schema."""
     key = text.partition("=")[0]
     is_group = (CONFIG_FOLDER / key).is_dir()
     return text if is_group or not key[:1].isalpha() else f"++{text}"

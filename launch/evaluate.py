@@ -1,6 +1,7 @@
 """Scores of a policy on held-out tasks: by really running its code and searches. Results are a ledger like any other.
 
-As a command it scores any student folder beside a run's own, greedy and with self-consistent actions, on the run's world:
+As a command it scores any student folder beside a run's own, greedy and with self-consistent actions, on the run's
+world:
 
     python -m launch.evaluate runs/starter-seed0/learner/snapshots/50 --run runs/starter-seed0
 """
@@ -52,14 +53,17 @@ def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
 def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
     """How students are run in `mode`: greedy, or k candidates a step with a vote."""
     settings = replace(
-        config.episode, first_thought=False, max_tokens=config.evaluate.max_tokens, candidates=1, temperature=0.0, top_p=1.0
+        config.episode,
+        first_thought=False,
+        max_tokens=config.evaluate.max_tokens,
+        candidates=1,
+        temperature=0.0,
+        top_p=1.0,
     )
     if mode == "greedy":
         return settings
     evaluate = config.evaluate
-    return replace(
-        settings, candidates=evaluate.candidates, temperature=evaluate.temperature, top_p=evaluate.top_p
-    )
+    return replace(settings, candidates=evaluate.candidates, temperature=evaluate.temperature, top_p=evaluate.top_p)
 
 
 def run_evaluation(
@@ -117,7 +121,7 @@ def ledger_scores(ledger: Path, tasks: Sequence[Task]) -> dict[str, Score]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("student", help="a Hugging Face folder")
     parser.add_argument("--run", required=True, help="the run whose world and settings are used")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: greedy, self_consistent")

@@ -1,8 +1,8 @@
 """The stages of the main job: collect and learn at the same time, then evaluate, then report.
 
-    tasks -> rollout workers <-> env hosts <-> retrieval        (Ray actors)
-                 |-> ledger (Parquet)  -> bounded queue -> learner ranks -> student folder
-    student folder -> vLLM worker <-> the same env hosts -> scores -> results.json
+tasks -> rollout workers <-> env hosts <-> retrieval        (Ray actors)
+             |-> ledger (Parquet)  -> bounded queue -> learner ranks -> student folder
+student folder -> vLLM worker <-> the same env hosts -> scores -> results.json
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Stages:
             self.view.say("the student is trained already")
             return json.loads(record.read_text())
         config = self.config
-        queue = TrajectoryQueue.start(capacity=config.rollout.queue_capacity)
+        queue = TrajectoryQueue.create(config.rollout.queue_capacity)
         total = len(self.world.train) * config.rollout.samples
         source = StreamSource(self.folder.ledger, queue)
         learner = LearnerGroup.start(learner_config(config, self.folder, total), source)
@@ -109,7 +109,7 @@ class _Stages:
     def _watch(self, collection: Collection, learner: LearnerGroup, queue: TrajectoryQueue) -> None:
         began_s, collected, last_step = time.monotonic(), False, -1
         with open(self.folder.metrics, "a") as metrics:
-            while not (collected and learner.done()):
+            while not (collected and learner.finished()):
                 if not collected and collection.poll(timeout_s=0.5):
                     collected = True
                     queue.close()
@@ -126,14 +126,13 @@ class _Stages:
                     "tokens/s": f"{learned.tokens_per_s:.0f}",
                     "waited": f"{learned.wait_s:.0f} s",
                 }
-                self.view.show(figures, last=collected and learner.done())
+                self.view.show(figures, last=collected and learner.finished())
                 if learned.step != last_step:
                     last_step = learned.step
                     row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
                     row |= {name: getattr(learned, name) for name in _METRICS}
                     metrics.write(json.dumps(row, default=dict) + "\n")
                     metrics.flush()
-                learner.check()
 
     def evaluate(self) -> dict[str, dict[str, Score]]:
         """Scores of the untrained student, the distilled one in both modes, and the teacher."""
@@ -216,7 +215,12 @@ def _first_step(ledger: Path, final: Progress, total: int) -> dict[str, Any]:
 
 
 def _results(
-    config: DistillConfig, folder: RunFolder, scores: dict[str, dict[str, Score]], learned: dict[str, Any], *, minutes: float
+    config: DistillConfig,
+    folder: RunFolder,
+    scores: dict[str, dict[str, Score]],
+    learned: dict[str, Any],
+    *,
+    minutes: float,
 ) -> dict[str, Any]:
     from launch.environment import describe_environment
 

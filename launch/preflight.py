@@ -10,13 +10,14 @@ from rollout.policy import PolicyError
 
 
 def check(config: DistillConfig) -> None:
-    """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not answer."""
+    """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not
+    answer."""
     from learner.objectives import OBJECTIVES
 
-    if config.learner.objective not in OBJECTIVES:
-        raise ConfigError(
-            f"config learner.objective: {config.learner.objective!r} is unknown; there are {', '.join(sorted(OBJECTIVES))}"
-        )
+    objective = config.learner.objective
+    if objective not in OBJECTIVES:
+        known = ", ".join(sorted(OBJECTIVES))
+        raise ConfigError(f"config learner.objective: {objective!r} is unknown; there are {known}")
     _check_model("learner.model_path", config.learner.model_path)
     if config.teacher.kind == "vllm":
         _check_model("teacher.model", config.teacher.model)

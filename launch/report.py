@@ -1,4 +1,5 @@
-"""What a run leaves for people: the table of scores and the picture of the learning curve; for machines, `results.json`."""
+"""What a run leaves for people: the table of scores and the picture of the learning curve; for machines,
+`results.json`."""
 
 from __future__ import annotations
 
@@ -56,7 +57,11 @@ def draw_learning_curve(metrics: Path, picture: Path, *, title: str) -> None:
     if rows:
         tokens = [row["tokens"] / 1e6 for row in rows]
         for span in sorted({span for row in rows for span in row["loss_by_span"]}):
-            points = [(x, row["loss_by_span"][span]) for x, row in zip(tokens, rows, strict=True) if span in row["loss_by_span"]]
+            points = [
+                (x, row["loss_by_span"][span])
+                for x, row in zip(tokens, rows, strict=True)
+                if span in row["loss_by_span"]
+            ]
             left.plot(*zip(*points, strict=True), linewidth=1, alpha=0.75, label=span)
         left.plot(tokens, [row["loss"] for row in rows], color="black", linewidth=1.8, label="all")
         left.legend(frameon=False)

@@ -1,8 +1,7 @@
 """The folder of a run: one configuration, one job at a time, and where everything in it is.
 
-`config.json` holds the configuration that the folder belongs to; a job with another one is refused and told what differs. A
-lock that dies with its process keeps two jobs from sharing the folder.
-"""
+`config.json` holds the configuration that the folder belongs to; a job with another one is refused and told what
+differs. A lock that dies with its process keeps two jobs from sharing the folder. """
 
 from __future__ import annotations
 
@@ -60,7 +59,9 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunFolderError(f"another job is running in {self.path}; wait for it or choose another run_dir") from None
+                raise RunFolderError(
+                    f"another job is running in {self.path}; wait for it or choose another run_dir"
+                ) from None
             found = record.exists()
             plain = to_plain(config)
             if found:
@@ -82,14 +83,16 @@ def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None
         key = differing[0]
         more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
         raise RunFolderError(
-            f"run_dir {path} belongs to another run: there {key} is {old.get(key)!r}, here it is {new.get(key)!r}{more}; "
-            "choose another run_dir"
+            f"run_dir {path} belongs to another run: there {key} is {old.get(key)!r}, "
+            f"here it is {new.get(key)!r}{more}; choose another run_dir"
         )
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = _flat(config)
-    return {key: value for key, value in flat.items() if not any(key == free or key.startswith(free + ".") for free in FREE)}
+    return {
+        key: value for key, value in flat.items() if not any(key == free or key.startswith(free + ".") for free in FREE)
+    }
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Environments:
 
     @classmethod
     def start(cls, config: DistillConfig, retriever: RetrieverSpec | None) -> Environments:
-        """Starts loading and returns when one host answers; searches wait for the index by themselves. Raises `EnvError`."""
+        """Starts loading and returns when one host answers; searches wait for the index by themselves. Raises
+        `EnvError`."""
         import ray
 
         actor = client = None
@@ -46,7 +47,7 @@ class Environments:
             slots_per_host=-(-slots // config.rollout.env_hosts),
             search=client.search if client is not None else None,
         )
-        can_preview = ray.get(hosts[0].can_preview.remote(), timeout=START_TIMEOUT_S)
+        can_preview: Any = ray.get(hosts[0].can_preview.remote(), timeout=START_TIMEOUT_S)
         return cls(hosts, can_preview, actor)
 
 
@@ -71,9 +72,7 @@ def start_collection(
     concurrency: int,
 ) -> Collection:
     """What of `tasks` x `samples` is not in the ledger yet, on `workers`."""
-    requests, found = missing_requests(
-        tasks, policy=policy, settings=settings, ledger=Ledger(ledger), samples=samples
-    )
+    requests, found = missing_requests(tasks, policy=policy, settings=settings, ledger=Ledger(ledger), samples=samples)
     return Collection(
         workers,
         environments.hosts,

@@ -1,4 +1,5 @@
-"""The env as the episode loop sees it: the same contract, awaited. Adapts an env of this process; `envs.pool` has the remote one."""
+"""The env as the episode loop sees it: the same contract, awaited. Adapts an env of this process; `envs.pool` has the
+remote one."""
 
 from __future__ import annotations
 

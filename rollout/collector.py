@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,8 @@ class RolloutActor:
         return await worker.run()
 
     async def stats(self) -> dict[str, float]:
-        stats = getattr(self._policy, "stats", None)
-        return dict(stats()) if callable(stats) else {}
+        stats: Callable[[], Mapping[str, float]] | None = getattr(self._policy, "stats", None)
+        return dict(stats()) if stats is not None else {}
 
     async def pid(self) -> int:
         return os.getpid()
@@ -142,7 +142,12 @@ class RolloutActor:
 
 
 def start_rollout_actors(
-    spec: PolicySpec, *, count: int, num_cpus: float = 0.0, num_gpus: float = 0.0, env_vars: Mapping[str, str] | None = None
+    spec: PolicySpec,
+    *,
+    count: int,
+    num_cpus: float = 0.0,
+    num_gpus: float = 0.0,
+    env_vars: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """`count` Ray actors that will hold the policy; loading begins with `start()` or the first collection."""
     import ray
@@ -181,7 +186,7 @@ class Collection:
         self._actors, self._hosts, self._settings = list(actors), tuple(hosts), settings
         self._ledger, self._queue, self._weights, self._restarts = ledger, queue, weights, restarts
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
-        self._feed = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
+        self._feed: Any = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
         self._running: dict[Any, tuple[int, str]] = {}
         for i in range(len(self._actors)):
             self._start(i)
@@ -189,13 +194,14 @@ class Collection:
     def poll(self, timeout_s: float = 0.0) -> bool:
         """True when every episode is recorded. Replaces dead workers; raises `CollectionError` when too many died."""
         import ray
+        from ray.exceptions import RayActorError
 
         done, _ = ray.wait(list(self._running), timeout=timeout_s) if self._running else ([], [])
         for reference in done:
             index, name = self._running.pop(reference)
             try:
                 ray.get(reference)
-            except ray.exceptions.RayActorError as error:
+            except RayActorError as error:
                 self._replace(index, name, error)
         return not self._running
 

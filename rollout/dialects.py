@@ -59,7 +59,7 @@ class CodeDialect:
     """Thought / Code / Observation, as the paper's agents write it."""
 
     name = "code"
-    stop = ("<end_code>",)
+    stop: tuple[str, ...] = ("<end_code>",)
 
     def __init__(self, system_prompt: str) -> None:
         self.system_prompt = system_prompt

@@ -1,7 +1,8 @@
 """The one episode loop: a policy acts in an env until it answers or a limit ends it. No Ray in here.
 
-A model's mistake (nothing to parse, code that fails, a limit) becomes an observation and the loop goes on. Our own failure
-(`EnvError`, `PolicyError`) ends the episode with a `Failure` on the trajectory, which is retried later and never trained on.
+A model's mistake (nothing to parse, code that fails, a limit) becomes an observation and the loop goes on. Our own
+failure (`EnvError`, `PolicyError`) ends the episode with a `Failure` on the trajectory, which is retried later and
+never trained on.
 
 Example::
 
@@ -182,9 +183,7 @@ class _Episode:
             previews = dict(zip(runnable, await self.env.preview(actions), strict=True)) if actions else {}
             outcome = vote([ballot(previews[i].observation) if i in previews else None for i in range(len(turns))])
             winner = outcome.winner
-            result = (
-                await self.env.commit(runnable.index(winner)) if winner in previews else _unparsed(turns[winner])
-            )
+            result = await self.env.commit(runnable.index(winner)) if winner in previews else _unparsed(turns[winner])
             observations = [previews[i].observation if i in previews else None for i in range(len(turns))]
         candidates = tuple(
             Candidate(

@@ -1,11 +1,11 @@
 """The built-in teacher of the starter world: a rule-based expert, no model.
 
-It sees exactly what a model would see, the messages, and never a task's reference answer: it reads the question with the
-starter world's grammar, writes Thought / Code turns in the paper's format, and takes what it needs for the next step out of
-the observations. Where an observation does not hold what it looks for, it fails like any teacher would.
+It sees exactly what a model would see, the messages, and never a task's reference answer: it reads the question with
+the starter world's grammar, writes Thought / Code turns in the paper's format, and takes what it needs for the next
+step out of the observations. Where an observation does not hold what it looks for, it fails like any teacher would.
 
-Its style decides how fast a small student learns: each clause of a word problem is quoted as a comment above the line of
-code that serves it, which turns an alignment over the whole question into a local copy.
+Its style decides how fast a small student learns: each clause of a word problem is quoted as a comment above the line
+of code that serves it, which turns an alignment over the whole question into a local copy.
 
 Asked with the chain-of-thought prompt it reasons in words; for the two-hop questions it then relies on facts that it
 knows by heart (`known_facts`), as a large model would.
@@ -59,9 +59,8 @@ class ExpertPolicy:
     def _reason_two_hop(self, hops: TwoHop) -> str:
         bridge = self._facts.get(hops.entity, {}).get(hops.first.name, "unknown")
         answer = self._facts.get(bridge, {}).get(hops.second.name, "unknown")
-        return (
-            f"The {hops.first.label} of {hops.entity} is {bridge}. The {hops.second.label} is {answer}.\nAnswer: {answer}"
-        )
+        thought = f"The {hops.first.label} of {hops.entity} is {bridge}. The {hops.second.label} is {answer}."
+        return f"{thought}\nAnswer: {answer}"
 
 
 def _act_arithmetic(problem: Problem, observations: list[str]) -> str:

@@ -1,9 +1,8 @@
-"""First-thought prefix (arXiv 2505.17612, section 3.1): the first step of the teacher's chain-of-thought answer seeds its
-first agent step, which keeps an instruction-tuned teacher's reasoning on the path that it was trained for.
+"""First-thought prefix (arXiv 2505.17612, section 3.1): the first step of the teacher's chain-of-thought answer seeds
+its first agent step, which keeps an instruction-tuned teacher's reasoning on the path that it was trained for.
 
-One extra call with the chain-of-thought prompt; its first paragraph, behind `Thought: `, becomes the beginning of the first
-assistant turn, which the policy then continues.
-"""
+One extra call with the chain-of-thought prompt; its first paragraph, behind `Thought: `, becomes the beginning of the
+first assistant turn, which the policy then continues. """
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The seam between an agent and whatever produces its text: `Policy`, and a scripted one for tests and demos.
 
-Teacher and student are both policies. `rollout.vllm_policy`, `rollout.openai_policy` and `rollout.expert` are the real ones.
-"""
+Teacher and student are both policies. `rollout.vllm_policy`, `rollout.openai_policy` and `rollout.expert` are the real
+ones. """
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which policy a worker holds, as plain data: picklable, built in the worker's own process where its engine will live."""
+"""Which policy a worker holds, as plain data: picklable, built in the worker's own process where its engine will
+live."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The one place that turns messages into token ids and typed spans: for prompts at rollout and for training rows alike.
 
-Every piece of a conversation (the template's own text, each content) is tokenised on its own, and an assistant turn whose
-ids were sampled is taken as it was sampled. So a longer conversation only ever appends: the prompt that a student sees at
-rollout is, token for token, a prefix of the row that it was trained on. Templates for which that cannot be proven are refused.
+Every piece of a conversation (the template's own text, each content) is tokenised on its own, and an assistant turn
+whose ids were sampled is taken as it was sampled. So a longer conversation only ever appends: the prompt that a
+student sees at rollout is, token for token, a prefix of the row that it was trained on. Templates for which that
+cannot be proven are refused.
 
 Example::
 
@@ -144,7 +145,8 @@ class Renderer:
         return ids, tuple(end for _, end in encoded["offset_mapping"])
 
     def _decoded_ends(self, ids: Sequence[int]) -> list[int]:
-        """End offset of each sampled token in the decoded text (the text grows by decoding, so multi-byte tokens are right)."""
+        """End offset of each sampled token in the decoded text (the text grows by decoding, so multi-byte tokens are
+        right)."""
         decode = self.tokenizer.decode
         return [len(decode(list(ids[: i + 1]), skip_special_tokens=True)) for i in range(len(ids))]
 

@@ -1,9 +1,9 @@
-"""Self-consistent action generation (arXiv 2505.17612, section 3.2): of k candidate actions those that fail are dropped and
-the majority of observations decides.
+"""Self-consistent action generation (arXiv 2505.17612, section 3.2): of k candidate actions those that fail are
+dropped and the majority of observations decides.
 
-The authors' code runs every candidate on the live interpreter and the winner again; here the env previews them on forked
-state and commits the winner without running it twice. An env that cannot fork is voted on by the parsed action instead.
-"""
+The authors' code runs every candidate on the live interpreter and the winner again; here the env previews them on
+forked state and commits the winner without running it twice. An env that cannot fork is voted on by the parsed action
+instead. """
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Vote:
 
 
 def vote(ballots: Sequence[str | None]) -> Vote:
-    """Majority over `ballots` [k] (None: dropped). Ties and all-different go to the earliest valid one; none valid: the first."""
+    """Majority over `ballots` [k] (None: dropped). Ties and all-different go to the earliest valid one; none valid:
+    the first."""
     if not ballots:
         raise ValueError("vote needs at least one candidate")
     tally = Counter(ballot for ballot in ballots if ballot is not None)

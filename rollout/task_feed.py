@@ -1,8 +1,8 @@
 """`TaskFeed`: hands out what is still to be rolled out, as workers ask for it, and knows who holds what.
 
-Workers pull, so nobody waits for a straggler. What a worker holds is a lease: it ends when the worker reports the episode
-as recorded, and goes back to the front of the line when the worker dies. A plain class; `rollout.collector` makes it an actor.
-"""
+Workers pull, so nobody waits for a straggler. What a worker holds is a lease: it ends when the worker reports the
+episode as recorded, and goes back to the front of the line when the worker dies. A plain class; `rollout.collector`
+makes it an actor. """
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class TaskFeed:
         self._started = time.monotonic()
 
     def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
-        """Up to `count` requests, now leased to `worker`; None when there is nothing left for anybody to start or finish.
+        """Up to `count` requests, now leased to `worker`; None when there is nothing left for anybody to start or
+        finish.
 
         An empty list means: nothing now, but another worker may still give something back.
         """

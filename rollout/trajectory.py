@@ -1,7 +1,7 @@
 """What an episode leaves behind: `Message`, `Span`, `Completion`, `Candidate`, `Step`, `Trajectory`.
 
-Data only: no Ray, no tokenizer, no I/O. `rollout.records` turns trajectories into Arrow rows, `rollout.ledger` keeps them,
-`rollout.rendering` turns their messages into token ids.
+Data only: no Ray, no tokenizer, no I/O. `rollout.records` turns trajectories into Arrow rows, `rollout.ledger` keeps
+them, `rollout.rendering` turns their messages into token ids.
 
 Example::
 
@@ -24,7 +24,8 @@ Role = Literal["system", "user", "assistant"]
 
 
 class SpanType(StrEnum):
-    """What a stretch of text is; assistant text is one of THOUGHT, CODE, ANSWER, FORMAT (arXiv 2505.13820's spans, refined)."""
+    """What a stretch of text is; assistant text is one of THOUGHT, CODE, ANSWER, FORMAT (arXiv 2505.13820's spans,
+    refined)."""
 
     THOUGHT = "thought"
     CODE = "code"
@@ -53,7 +54,8 @@ class Message:
     spans: tuple[Span, ...] = ()
     """Cover `content` without gap or overlap when present; absent means one span of the role's own type."""
     token_ids: tuple[int, ...] | None = None
-    """Assistant turns only: the ids exactly as sampled (stop token included if it was sampled); None: text is all we have."""
+    """Assistant turns only: the ids exactly as sampled (stop token included if it was sampled); None: text is all we
+    have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,9 +188,7 @@ class Trajectory:
 
 def observation_message(text: str) -> Message:
     """The env's reply as the policy sees it: a user turn that is one observation span."""
-    return Message(
-        role="user", content=text, spans=(Span(type=SpanType.OBSERVATION, start=0, end=len(text)),)
-    )
+    return Message(role="user", content=text, spans=(Span(type=SpanType.OBSERVATION, start=0, end=len(text)),))
 
 
 def trajectory_key(*, task_id: str, policy: str, sample_index: int, settings: Mapping[str, Any]) -> str:

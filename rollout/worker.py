@@ -1,8 +1,10 @@
-"""`RolloutWorker`: one policy, many episodes at once as coroutines, every finished one recorded before anyone consumes it.
+"""`RolloutWorker`: one policy, many episodes at once as coroutines, every finished one recorded before anyone consumes
+it.
 
-Consumes requests from a `TaskFeed`, one whenever a slot is free. Produces ledger shards, then puts the trainable trajectories
-into the trajectory queue. Waits for: the policy, the envs, and the queue when it is full, which holds new episodes back too
-(the slots hand over to a bounded buffer). Unblocked by: whoever empties the queue, or the queue's end.
+Consumes requests from a `TaskFeed`, one whenever a slot is free. Produces ledger shards, then puts the trainable
+trajectories into the trajectory queue. Waits for: the policy, the envs, and the queue when it is full, which holds new
+episodes back too (the slots hand over to a bounded buffer). Unblocked by: whoever empties the queue, or the queue's
+end.
 
 A plain class; `rollout.collector` makes it a Ray actor.
 """

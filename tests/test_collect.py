@@ -1,4 +1,5 @@
-"""Collection: leases, resuming, a worker that records before it reports, and the expert on the real envs through Ray."""
+"""Collection: leases, resuming, a worker that records before it reports, and the expert on the real envs through
+Ray."""
 
 import asyncio
 
@@ -25,7 +26,14 @@ def request(i: int, settings=None) -> EpisodeRequest:
 
 def summary(key: str) -> EpisodeSummary:
     return EpisodeSummary(
-        key=key, kind="echo", success=True, stop_reason="final", failed=False, steps=1, completion_tokens=3, tool_calls=0
+        key=key,
+        kind="echo",
+        success=True,
+        stop_reason="final",
+        failed=False,
+        steps=1,
+        completion_tokens=3,
+        tool_calls=0,
     )
 
 
@@ -51,7 +59,8 @@ class EchoEnv:
     def preview(self, actions):
         raise NotImplementedError
 
-    commit = preview
+    def commit(self, index):
+        raise NotImplementedError
 
     def close(self):
         pass
@@ -170,7 +179,7 @@ def test_the_expert_solves_the_starter_world_through_ray_even_when_its_worker_is
     hosts = start_env_hosts(EnvSpec(), count=1, slots_per_host=16, search=search)
     spec, settings = PolicySpec(kind="expert"), EpisodeSettings()
     workers = start_rollout_actors(spec, count=1)
-    queue = TrajectoryQueue.start(capacity=50)
+    queue = TrajectoryQueue.create(50)
     tasks = world.train_tasks(300, seed=0)
     requests, _ = missing_requests(tasks, policy=spec.policy_name, settings=settings, ledger=Ledger(tmp_path))
     collection = Collection(workers, hosts, requests, settings=settings, ledger=tmp_path, queue=queue, concurrency=16)
@@ -192,7 +201,9 @@ def test_the_expert_solves_the_starter_world_through_ray_even_when_its_worker_is
     assert killed
     trajectories = list(Ledger(tmp_path).trajectories())
     assert {t.key for t in trajectories} == {r.key for r in requests} and len(trajectories) == 300
-    assert Ledger(tmp_path).validate().duplicates == 0
+    assert Ledger(tmp_path).duplicates() == 0
     assert sum(t.success for t in trajectories) >= 297
     # What the dead worker had recorded but not handed over is found in the ledger (launch.source looks there last).
-    assert {t.key for t in arrived} <= {t.key for t in trajectories} and len({t.key for t in arrived}) == len(arrived) >= 200
+    assert {t.key for t in arrived} <= {t.key for t in trajectories} and len({t.key for t in arrived}) == len(
+        arrived
+    ) >= 200

@@ -41,7 +41,9 @@ class CounterEnv:
             final = Observation(text=str(self.total), kind=ObservationKind.FINAL)
             return self.total, StepResult(final, grade(self.task, str(self.total)), True, False, info)
         if verb != "add":
-            return self.total, StepResult(Observation(text="?", kind=ObservationKind.CODE_ERROR), 0.0, False, False, info)
+            return self.total, StepResult(
+                Observation(text="?", kind=ObservationKind.CODE_ERROR), 0.0, False, False, info
+            )
         total = self.total + int(number)
         return total, StepResult(Observation(text=str(total)), 0.0, False, False, info)
 

@@ -1,4 +1,5 @@
-"""The starter world: reproducible, answerable by its own grammar, and with nothing shared between train and held-out."""
+"""The starter world: reproducible, answerable by its own grammar, and with nothing shared between train and
+held-out."""
 
 import re
 

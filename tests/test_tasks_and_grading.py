@@ -18,7 +18,12 @@ def write(path, *rows):
 
 
 def test_jsonl_rows_become_tasks(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"question": "q1", "answer": 4.5}, "", {"id": "x", "question": "q2", "answer": "b", "level": 3})
+    path = write(
+        tmp_path / "a.jsonl",
+        {"question": "q1", "answer": 4.5},
+        "",
+        {"id": "x", "question": "q2", "answer": "b", "level": 3},
+    )
     first, second = load_tasks(path, kind="math", grader="numeric")
     assert (first.id, first.answer, first.kind, first.grader) == ("a-0", "4.5", "math", "numeric")
     assert second.id == "x" and second.metadata == {"level": 3}
@@ -26,7 +31,9 @@ def test_jsonl_rows_become_tasks(tmp_path):
 
 def test_the_papers_files_load(tmp_path):
     path = tmp_path / "p.json"
-    path.write_text(json.dumps({"metadata": {}, "examples": [{"id": 7, "question": "q", "answer": "a", "type": "bridge"}]}))
+    path.write_text(
+        json.dumps({"metadata": {}, "examples": [{"id": 7, "question": "q", "answer": "a", "type": "bridge"}]})
+    )
     [task] = load_tasks(path)
     assert task.id == "7" and task.metadata == {"type": "bridge"}
 
@@ -94,8 +101,14 @@ def test_graders_never_raise_on_what_a_model_wrote(prediction, grader):
 
 
 def test_wilson_interval_has_its_published_values():
-    """Newcombe 1998 (https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I, method 3."""
-    for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+    """Newcombe 1998 (https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I,
+    method 3."""
+    for successes, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
         result = score(successes, n)
         assert (round(result.low, 4), round(result.high, 4)) == (low, high)
 
