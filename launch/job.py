@@ -55,7 +55,6 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
         with ray_cluster(config.cluster) as what:
             view.say(f"Ray: {what}")
             environments = Environments.start(config, world.retriever)
-            view.say("environments are ready" + (", pages are indexed" if world.retriever else ""))
             stages = _Stages(config, folder, world, environments, view)
             learned = stages.learn()
             scores = stages.evaluate()
@@ -110,11 +109,12 @@ class _Stages:
         began_s, collected, last_step = time.monotonic(), False, -1
         with open(self.folder.metrics, "a") as metrics:
             while not (collected and learner.finished()):
-                if not collected and collection.poll(timeout_s=0.5):
-                    collected = True
-                    queue.close()
-                elif collected:
+                if collected:
                     time.sleep(0.5)
+                else:
+                    collected = collection.poll(timeout_s=0.5)
+                if collected or learner.finished():  # a learner that has enough must not leave the workers waiting
+                    queue.close()
                 learned, seen = learner.progress(), collection.progress()
                 figures = {
                     "episodes": f"{seen.finished}/{seen.total}" + (f" ({seen.found} found)" if seen.found else ""),

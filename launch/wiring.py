@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.base import Task
+from envs.base import EnvError, Task
 from envs.pool import start_env_hosts
 from envs.retrieval.ray_service import RayRetrieverClient, start_retrieval_actor
 from envs.retrieval.spec import RetrieverSpec
@@ -25,21 +25,16 @@ class Environments:
     """The running env hosts, and the retrieval behind them."""
 
     hosts: list[Any]
-    can_preview: bool
-    retrieval: Any | None
+    retrieval: RayRetrieverClient | None
 
     @classmethod
     def start(cls, config: DistillConfig, retriever: RetrieverSpec | None) -> Environments:
-        """Starts loading and returns when one host answers; searches wait for the index by themselves. Raises
-        `EnvError`."""
-        import ray
-
+        """Starts everything and returns at once; `wait_ready` before the first episode."""
         actor = client = None
         if retriever is not None:
             offline = os.environ.get("HF_HUB_OFFLINE", "1" if retriever.encoder == "minilm" else "0")
             actor = start_retrieval_actor(retriever, env_vars={"HF_HUB_OFFLINE": offline})
             client = RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s)
-            client.wait_ready(START_TIMEOUT_S)
         slots = max(config.rollout.concurrency * config.rollout.workers, config.evaluate.concurrency)
         hosts = start_env_hosts(
             config.env,
@@ -47,8 +42,21 @@ class Environments:
             slots_per_host=-(-slots // config.rollout.env_hosts),
             search=client.search if client is not None else None,
         )
-        can_preview: Any = ray.get(hosts[0].can_preview.remote(), timeout=START_TIMEOUT_S)
-        return cls(hosts, can_preview, actor)
+        return cls(hosts, client)
+
+    def wait_ready(self) -> bool:
+        """Waits until the index is loaded and every host answers; returns whether they can preview.
+
+        Raises `EnvError`.
+        """
+        import ray
+
+        if self.retrieval is not None:
+            self.retrieval.wait_ready(START_TIMEOUT_S)
+        try:
+            return all(ray.get([host.can_preview.remote() for host in self.hosts], timeout=START_TIMEOUT_S))
+        except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
+            raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error
 
 
 def start_workers(config: DistillConfig, spec: PolicySpec, *, count: int) -> list[Any]:
@@ -71,7 +79,8 @@ def start_collection(
     weights: Weights | None = None,
     concurrency: int,
 ) -> Collection:
-    """What of `tasks` x `samples` is not in the ledger yet, on `workers`."""
+    """What of `tasks` x `samples` is not in the ledger yet, on `workers`. Waits for the environments first."""
+    can_preview = environments.wait_ready()
     requests, found = missing_requests(tasks, policy=policy, settings=settings, ledger=Ledger(ledger), samples=samples)
     return Collection(
         workers,
@@ -83,6 +92,6 @@ def start_collection(
         queue=queue,
         weights=weights,
         concurrency=concurrency,
-        can_preview=environments.can_preview,
+        can_preview=can_preview,
         env_timeout_s=config.rollout.env_timeout_s,
     )

@@ -1,0 +1,125 @@
+"""The main job as its user runs it: a small run that is killed, goes on, finishes, and leaves no process behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.audit import main as audit
+from rollout.ledger import Ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "tasks.train_count=60", "tasks.test_count=2", "learner.epochs=1", "learner.checkpoint_every_steps=2",
+    "rollout.queue_capacity=16", "evaluate.candidates=2", "evaluate.max_tokens=24", "evaluate.kv_cache_mb=64",
+    "episode.max_steps=3", "retrieval.kind=bm25",
+]  # fmt: skip
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "launch/distill.py", f"run_dir={run_dir}", *SMALL, *overrides]
+    # A mark that every process of the job inherits, so that what is left of it can be found.
+    environment = {**os.environ, "APPRENTICE_TEST_RUN": str(run_dir)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("APPRENTICE_TEST_RUN") == str(run_dir) and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def assert_nothing_left(run_dir: Path, within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while left := processes_of(run_dir):
+        assert time.monotonic() < deadline, [" ".join(process.cmdline())[:120] for process in left]
+        time.sleep(0.2)
+
+
+def wait_for(condition, job: subprocess.Popen, within_s: float = 90.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert job.poll() is None, job.stdout.read()
+        assert time.monotonic() < deadline, "the job did not come that far"
+        time.sleep(0.1)
+
+
+def finish(job: subprocess.Popen, within_s: float = 240.0) -> str:
+    try:
+        output, _ = job.communicate(timeout=within_s)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        raise
+    return output
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_job_goes_on_and_loses_and_repeats_nothing(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    ledger = run_dir / "ledger"
+    first = start(run_dir)
+    wait_for(lambda: ledger.exists() and len(Ledger(ledger).keys()) >= 10, first)
+    first.send_signal(signal.SIGKILL)
+    first.wait(timeout=10)
+    first.stdout.close()
+    assert_nothing_left(run_dir)
+    recorded = Ledger(ledger).keys()
+    assert 10 <= len(recorded) < 60
+
+    second = start(run_dir)
+    output = finish(second)
+    assert second.returncode == 0, output
+    assert f"found of an earlier job: {len(recorded)} of 60 trajectories" in output
+    assert_nothing_left(run_dir)
+
+    report = Ledger(ledger).validate()
+    assert report.ok and report.rows == 60 and Ledger(ledger).duplicates() == 0
+    assert recorded < Ledger(ledger).keys()
+
+    last_line = output.strip().splitlines()[-1]
+    assert last_line == f"results: {run_dir / 'results.json'}"
+    results = json.loads((run_dir / "results.json").read_text())
+    kinds = {"arithmetic", "two_hop", "arithmetic_unseen", "two_hop_unseen"}
+    assert set(results["scores"]) == {"untrained", "student", "student_self_consistent", "teacher"}
+    for scores in results["scores"].values():
+        assert set(scores) == kinds
+        assert all(score["n"] == 2 and score["low"] <= score["mean"] <= score["high"] for score in scores.values())
+    # One pass over everything that could be trained on: no row lost with the killed job, none trained on twice.
+    trainable = sum(t.trainable for t in Ledger(ledger).trajectories())
+    assert results["learner"]["rows"] == trainable > 50
+    assert (run_dir / "learning_curve.png").stat().st_size > 5000
+    assert (Path(results["student"]) / "model.safetensors").exists()
+
+    assert audit([str(ledger), "--tokenizer", results["student"]]) == 0
+    assert "0 errors" in capsys.readouterr().out
+
+    third = start(run_dir)
+    output = finish(third, within_s=60)
+    assert third.returncode == 0 and "this run is complete" in output
+    assert output.strip().splitlines()[-1] == last_line
+
+
+@pytest.mark.timeout(200)
+def test_an_interrupted_job_says_so_and_leaves_no_process(tmp_path):
+    run_dir = tmp_path / "run"
+    job = start(run_dir, "tasks.train_count=3000", "learner.epochs=3")
+    wait_for(lambda: len(processes_of(run_dir)) > 6, job)
+    time.sleep(3)
+    job.send_signal(signal.SIGINT)
+    output = finish(job, within_s=60)
+    assert job.returncode == 130, output
+    assert "interrupted; the same command goes on from" in output
+    assert_nothing_left(run_dir)
