@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ class DeepSpeedBackend:
         micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         # Ranks are averaged by the engine; the loss is a sum over all of them.
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        with self._eager_muon():
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> float:
         """Clip, update the weights, clear the gradient. Returns the gradient's norm before clipping (0.0 if
@@ -101,7 +103,7 @@ class DeepSpeedBackend:
         if self.config.zero_stage == 0:
             limit = self.config.gradient_clipping or float("inf")
             norm = float(self._torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit))
-        with self._eager_optimizer():
+        with self._eager_muon():
             self.engine.step()
         if self.config.zero_stage > 0 and self.config.optimizer == "adamw":
             norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -232,8 +234,11 @@ class DeepSpeedBackend:
     def _barrier(self) -> None:
         self.sum_over_ranks([0.0])
 
-    def _eager_optimizer(self) -> contextlib.AbstractContextManager[Any]:
-        """DeepSpeed compiles Muon's kernels; on a CPU that takes a C++ compiler and a minute for nothing."""
+    def _eager_muon(self) -> contextlib.AbstractContextManager[Any]:
+        """DeepSpeed compiles Muon's kernels, and runs them in `backward` or in `step`, depending on the stage.
+
+        On a CPU that takes a C++ compiler and a minute for nothing.
+        """
         if self.config.zero_stage > 0 and self.config.optimizer == "muon" and self.device.type == "cpu":
             return self._torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
@@ -301,6 +306,8 @@ def _start_torch(config: LearnerConfig) -> Any:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls names that torch 2.13 has renamed: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     return torch
@@ -342,7 +349,9 @@ def free_port() -> int:
 def _pretrained(config: LearnerConfig) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(config.model_path, dtype=torch.float32, attn_implementation="sdpa")
 
 
