@@ -162,7 +162,7 @@ def _evaluate_folder(options: argparse.Namespace) -> int:
                 settings=student_settings(config, mode), ledger=out / mode, view=view, title=f"{student.name}: {mode}",
             )  # fmt: skip
     kinds = list(dict.fromkeys(task.kind for task in world.test))
-    view.console.print(score_table(scores, kinds, title=f"held-out success of {student}, % [95% interval]"))
+    view.console.print(score_table(scores, kinds, title=f"held-out success of {student.name}, % [95% interval]"))
     return 0
 
 

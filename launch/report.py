@@ -17,9 +17,9 @@ Scores = Mapping[str, Mapping[str, Score]]
 """policy row -> kind of task -> score."""
 
 ROW_TITLES = {
-    "untrained": "untrained student",
-    "student": "distilled student, greedy",
-    "student_self_consistent": "distilled student, self-consistent actions",
+    "untrained": "untrained",
+    "student": "distilled, greedy",
+    "student_self_consistent": "distilled, self-consistent",
     "teacher": "teacher",
 }
 
@@ -27,9 +27,9 @@ ROW_TITLES = {
 def score_table(scores: Scores, kinds: Sequence[str], *, title: str) -> Table:
     """One row a policy, one column a kind: mean and 95% interval, in percent."""
     table = Table(title=title, title_justify="left")
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for kind in kinds:
-        table.add_column(kind.replace("_", " "), justify="right")
+        table.add_column(kind.replace("_", " "), justify="right", no_wrap=True)
     for name, by_kind in scores.items():
         cells = [_cell(by_kind[kind]) if kind in by_kind else "-" for kind in kinds]
         table.add_row(ROW_TITLES.get(name, name), *cells)
@@ -80,4 +80,4 @@ def draw_learning_curve(metrics: Path, picture: Path, *, title: str) -> None:
 
 
 def _cell(score: Score) -> str:
-    return f"{100 * score.mean:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    return f"{100 * score.mean:.0f} [{100 * score.low:.0f}, {100 * score.high:.0f}]"

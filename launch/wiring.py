@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from envs.base import EnvError, Task
 from envs.pool import start_env_hosts
-from envs.retrieval.ray_service import RayRetrieverClient, start_retrieval_actor
+from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_retrieval_actor
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
@@ -30,17 +31,19 @@ class Environments:
     @classmethod
     def start(cls, config: DistillConfig, retriever: RetrieverSpec | None) -> Environments:
         """Starts everything and returns at once; `wait_ready` before the first episode."""
-        actor = client = None
+        client = search = None
         if retriever is not None:
             offline = os.environ.get("HF_HUB_OFFLINE", "1" if retriever.encoder == "minilm" else "0")
-            actor = start_retrieval_actor(retriever, env_vars={"HF_HUB_OFFLINE": offline})
+            name = f"retrieval-{uuid.uuid4().hex[:12]}"
+            actor = start_retrieval_actor(retriever, name=name, env_vars={"HF_HUB_OFFLINE": offline})
             client = RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s)
+            search = NamedSearch(name, config.retrieval.timeout_s)
         slots = max(config.rollout.concurrency * config.rollout.workers, config.evaluate.concurrency)
         hosts = start_env_hosts(
             config.env,
             count=config.rollout.env_hosts,
             slots_per_host=-(-slots // config.rollout.env_hosts),
-            search=client.search if client is not None else None,
+            search=search,
         )
         return cls(hosts, client)
 

@@ -165,7 +165,7 @@ def test_the_expert_solves_the_starter_world_through_ray_even_when_its_worker_is
 
     from envs.pool import EnvSpec, start_env_hosts
     from envs.retrieval.corpus import Passage
-    from envs.retrieval.ray_service import RayRetrieverClient, start_retrieval_actor
+    from envs.retrieval.ray_service import NamedSearch, start_retrieval_actor
     from envs.retrieval.spec import RetrieverSpec
     from envs.starter import StarterWorld
     from rollout.collector import Collection, start_rollout_actors
@@ -174,9 +174,8 @@ def test_the_expert_solves_the_starter_world_through_ray_even_when_its_worker_is
 
     world = StarterWorld(0)
     passages = tuple(Passage(id=i, title=title, text=text) for i, title, text in world.passages())
-    retrieval = start_retrieval_actor(RetrieverSpec(kind="bm25", passages=passages))
-    search = RayRetrieverClient(retrieval, timeout_s=60).search
-    hosts = start_env_hosts(EnvSpec(), count=1, slots_per_host=16, search=search)
+    retrieval = start_retrieval_actor(RetrieverSpec(kind="bm25", passages=passages), name="collect-test")
+    hosts = start_env_hosts(EnvSpec(), count=1, slots_per_host=16, search=NamedSearch("collect-test", 60))
     spec, settings = PolicySpec(kind="expert"), EpisodeSettings()
     workers = start_rollout_actors(spec, count=1)
     queue = TrajectoryQueue.create(50)

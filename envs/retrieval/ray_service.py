@@ -17,6 +17,7 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import pickle
 import time
@@ -182,3 +183,28 @@ class RayRetrieverClient:
             raise EnvError(f"{what}: {type(error.cause).__name__}: {error.cause}") from error
         except RayError as error:
             raise EnvError(f"{what}: the retrieval actor is gone: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSearch:
+    """A search function that finds its retrieval actor by name, in whatever process it is called.
+
+    What restartable actors are constructed with: a handle among their arguments would keep Ray from restarting them.
+    """
+
+    name: str
+    timeout_s: float
+
+    def __call__(self, query: str, k: int) -> list[Hit]:
+        """See `RayRetrieverClient.search`; raises `EnvError` as well when there is no such actor."""
+        return _client(self.name, self.timeout_s).search(query, k)
+
+
+@functools.lru_cache(maxsize=8)
+def _client(name: str, timeout_s: float) -> RayRetrieverClient:
+    import ray
+
+    try:
+        return RayRetrieverClient(ray.get_actor(name), timeout_s)
+    except ValueError as error:
+        raise EnvError(f"there is no retrieval actor named {name!r}") from error
