@@ -320,10 +320,10 @@ def _rows(taken: Sequence[tuple[Any, int, int]], tables: Sequence[pa.Table]) -> 
 
 def _translated(error: Exception) -> Exception:
     """Ours in place of Ray's: errors of the buffer as they were raised there, and `QueueError` for a lost actor."""
-    import ray
+    from ray.exceptions import RayError, RayTaskError
 
-    if isinstance(error, ray.exceptions.RayTaskError):
+    if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, QueueFullError | ValueError) else error
-    if isinstance(error, ray.exceptions.RayError | TimeoutError):
+    if isinstance(error, RayError | TimeoutError):
         return QueueError(f"the trajectory queue is gone or does not answer: {error}")
     return error

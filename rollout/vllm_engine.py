@@ -1,0 +1,308 @@
+"""vLLM's two engines behind one small seam, `VllmEngine`. The only file that imports vllm, and it does so late.
+
+`InProcessEngine` steps vLLM's synchronous engine in a thread of this process: the fastest start and the least memory
+on a CPU. `AsyncEngine` drives `AsyncLLM`, which keeps a GPU busy from a process of its own. Both batch continuously,
+and both answer callers of any event loop. Messages, text and seeds are not their business: see `rollout.vllm_policy`.
+
+Example::
+
+    engine = start_engine(arguments, version="base", gpu=False)
+    outputs = await engine.generate("r0", prompt_ids, {"max_tokens": 64, "temperature": 0.0})
+    engine.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from rollout.policy import PolicyError
+from rollout.trajectory import FailureClass
+
+_START_TIMEOUT_S = 1800.0
+"""Loading a large model from a network disk takes minutes."""
+_CLOSE_TIMEOUT_S = 60.0
+_process_is_taken = threading.Lock()
+"""Held by the in-process engine: vLLM keeps its process groups in globals, so a process has one at a time."""
+
+
+class VllmEngine(Protocol):
+    """What `VllmPolicy` needs of vLLM. Coroutines may be awaited from any event loop."""
+
+    async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+        """[n] vLLM `CompletionOutput`s; `parameters` are those of `SamplingParams`. Cancelling aborts the request."""
+        ...
+
+    async def load(self, path: str, version: str) -> None:
+        """New weights in place; cached prefixes are dropped, running requests computed again."""
+        ...
+
+    def running(self) -> int: ...
+
+    def close(self) -> None:
+        """Blocks until the engine has ended; may be called twice."""
+        ...
+
+
+class WeightsExtension:
+    """Mixed into vLLM's worker by name, so that `collective_rpc` reaches it there."""
+
+    model_runner: Any
+
+    def load_checkpoint(self, path: str) -> None:
+        """Load a folder's weights in place."""
+        from vllm.platforms import current_platform
+
+        self.model_runner.reload_weights(weights_path=path)
+        model = self.model_runner.get_model()
+        tied = getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head")
+        if current_platform.is_cpu() and tied and model.lm_head is not model.model.embed_tokens:
+            # On a CPU the head's weights are packed when the model is loaded, and a reload packs only modules that
+            # receive weights; a tied head receives none and would silently stay the old one.
+            model.lm_head.weight = model.model.embed_tokens.weight
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def start_engine(arguments: Mapping[str, Any], *, version: str, gpu: bool) -> VllmEngine:
+    """Load a model and block until it is ready. `arguments` are those of vLLM's `EngineArgs`."""
+    arguments = {
+        **arguments,
+        "worker_extension_cls": f"{WeightsExtension.__module__}.{WeightsExtension.__qualname__}",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    return AsyncEngine(arguments, version) if gpu else InProcessEngine(arguments, version)
+
+
+def failure_class(error: Exception) -> FailureClass:
+    """Whose fault an exception of `generate` is: a request that vLLM refuses is bad input, all else the engine's."""
+    from vllm.exceptions import VLLMClientError
+
+    return FailureClass.INPUT if isinstance(error, VLLMClientError | ValueError) else FailureClass.ENGINE
+
+
+def _sampling_parameters(parameters: Mapping[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(**parameters, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+class InProcessEngine:
+    """vLLM's synchronous engine, stepped by one thread that alone touches it.
+
+    Consumes calls from an inbox, between two steps; produces results through futures. Waits for calls when idle.
+    Whatever ends the thread fails every future, so nobody waits for a dead engine.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], version: str) -> None:
+        if not _process_is_taken.acquire(blocking=False):
+            raise RuntimeError("this process runs a vLLM engine already; close it, or use one process for each")
+        self._inbox: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._inbox = queue.SimpleQueue()
+        self._results: dict[str, concurrent.futures.Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._dead: PolicyError | None = None
+        self._engine: Any = None
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(arguments, version, started), name="vllm-engine", daemon=True
+        )
+        self._thread.start()
+        started.result(_START_TIMEOUT_S)
+
+    async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+        sampling = _sampling_parameters(parameters)
+        result = _uncancellable()
+
+        def add() -> None:
+            self._results[request_id] = result
+            try:
+                self._engine.add_request(request_id, {"prompt_token_ids": list(prompt_ids)}, sampling)
+            except BaseException:
+                del self._results[request_id]
+                raise
+
+        added = self._submit(add)
+        try:
+            await asyncio.wrap_future(added)
+            return (await asyncio.wrap_future(result)).outputs
+        except asyncio.CancelledError:
+            with contextlib.suppress(PolicyError):
+                self._submit(lambda: self._abort(request_id))
+            raise
+
+    async def load(self, path: str, version: str) -> None:
+        def update() -> None:
+            self._engine.collective_rpc("load_checkpoint", args=(path,))
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+            self._engine.set_weight_version(version)
+
+        await asyncio.wrap_future(self._submit(update))
+
+    def running(self) -> int:
+        return len(self._results)
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def _submit(self, call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        future = _uncancellable()
+        with self._lock:  # the thread sets `_dead` under it: what is put before that is still answered
+            if self._dead is not None:
+                raise PolicyError(str(self._dead))
+            self._inbox.put((future, call))
+        return future
+
+    def _abort(self, request_id: str) -> None:
+        if self._results.pop(request_id, None) is not None:
+            self._engine.abort_request([request_id])
+
+    def _run(self, arguments: Mapping[str, Any], version: str, started: concurrent.futures.Future[None]) -> None:
+        try:
+            import torch
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # counts per thread, hence here
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            self._engine.set_weight_version(version)
+        except BaseException as error:
+            _process_is_taken.release()
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        reason = "the engine was closed"
+        try:
+            while self._serve():
+                pass
+        except BaseException as error:
+            reason = f"the vLLM engine died: {type(error).__name__}: {error}"
+        self._end(reason)
+
+    def _serve(self) -> bool:
+        """Answer the calls that are there (waiting for one if nothing runs), then do one step. False: close."""
+        wait = not self._engine.has_unfinished_requests()
+        while True:
+            try:
+                item = self._inbox.get(block=wait)
+            except queue.Empty:
+                break
+            if item is None:
+                return False
+            future, call = item
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+            wait = False
+        if self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished and (result := self._results.pop(output.request_id, None)) is not None:
+                    result.set_result(output)
+        return True
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            self._dead = PolicyError(reason)
+        waiting = list(self._results.values())
+        self._results.clear()
+        while not self._inbox.empty():
+            if (item := self._inbox.get()) is not None:
+                waiting.append(item[0])
+        for future in waiting:
+            future.set_exception(PolicyError(reason))
+        with contextlib.suppress(Exception):  # it is over either way
+            # This also ends vLLM's process groups, which is why a process has one engine at a time.
+            self._engine.engine_core.shutdown()
+        self._engine = None
+        _process_is_taken.release()
+
+
+class AsyncEngine:
+    """vLLM's `AsyncLLM` on an event loop and a thread of its own, so that any loop may use it and none is blocked."""
+
+    def __init__(self, arguments: Mapping[str, Any], version: str) -> None:
+        self._running = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True)
+        self._thread.start()
+        try:
+            self._engine = self._there(self._start(arguments, version)).result(_START_TIMEOUT_S)
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+        self._running += 1
+        try:
+            return await asyncio.wrap_future(self._there(self._generate(request_id, prompt_ids, parameters)))
+        finally:
+            self._running -= 1
+
+    async def load(self, path: str, version: str) -> None:
+        await asyncio.wrap_future(self._there(self._load(path, version)))
+
+    def running(self) -> int:
+        return self._running
+
+    def close(self) -> None:
+        if self._loop.is_running():
+            with contextlib.suppress(Exception):  # it is over either way
+                self._there(self._shutdown()).result(_CLOSE_TIMEOUT_S)
+            self._stop_loop()
+
+    def _there(self, coroutine: Any) -> concurrent.futures.Future[Any]:
+        """Cancelling the future cancels the coroutine."""
+        if not self._loop.is_running():
+            coroutine.close()
+            raise PolicyError("the engine was closed")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    async def _start(self, arguments: Mapping[str, Any], version: str) -> Any:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        await engine.update_weight_version(version)
+        return engine
+
+    async def _generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+        final, prompt = None, {"prompt_token_ids": list(prompt_ids)}
+        async for output in self._engine.generate(prompt, _sampling_parameters(parameters), request_id):
+            final = output
+        if final is None:
+            raise PolicyError(f"vLLM ended request {request_id} without an output")
+        return final.outputs
+
+    async def _load(self, path: str, version: str) -> None:
+        await self._engine.pause_generation(mode="keep")
+        try:
+            await self._engine.collective_rpc("load_checkpoint", args=(path,))
+            await self._engine.update_weight_version(version)
+            await self._engine.reset_prefix_cache(reset_running_requests=True)
+        finally:
+            await self._engine.resume_generation()
+
+    async def _shutdown(self) -> None:
+        self._engine.shutdown()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+
+def _uncancellable() -> concurrent.futures.Future[Any]:
+    """A future that only the engine's thread settles; a waiter that gives up leaves it as it is."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    return future

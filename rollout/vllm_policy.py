@@ -1,0 +1,296 @@
+"""`VllmPolicy`: a model on vLLM, in this process, behind the `Policy` seam. The only file that imports vllm, and it
+does so late.
+
+Token-exact: the prompt is `rollout.rendering.Renderer`'s, sampled ids are kept as they came, and text is what those
+ids decode to. On a CPU the engine is vLLM's synchronous one, stepped by one thread of this process (fastest start, no
+second process); on a GPU it is `AsyncLLM`, which keeps the accelerator busy from a process of its own. Both batch
+continuously.
+
+It is no server: to share a model between machines start vLLM's own and use `rollout.openai_policy`.
+
+Example::
+
+    policy = VllmPolicy("runs/student", dtype="bfloat16", max_model_len=1024, max_num_seqs=128)
+    [completion] = await policy.complete(messages, Sampling(max_tokens=64, stop=("<end_code>",)))
+    await policy.update_weights("runs/student-step-200", "step-200")
+    await policy.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rollout.policy import PolicyError, Sampling
+from rollout.rendering import Renderer, RenderingError
+from rollout.trajectory import Completion, FailureClass, Message
+from rollout.vllm_engine import VllmEngine, failure_class, start_engine
+
+_UPDATE_TIMEOUT_S = 600.0
+_SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+"""Fields of config.json that new weights must share with the running model's."""
+
+
+def vllm_environment() -> dict[str, str]:
+    """Variables to set before a process imports vllm, as in a Ray actor's `runtime_env`; telemetry is off.
+
+    `OMP_NUM_THREADS` is left to whoever shares out the cores (Ray sets it from `num_cpus`); it is 1 where nobody did.
+    """
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine of a machine to the same core
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _prepare_process() -> bool:
+    """Set what must be set before vllm is imported, unless the caller did; True when there is a GPU."""
+    environment = {**vllm_environment(), "OMP_NUM_THREADS": "1"}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        # One process; and no compiler: the first request for log-probabilities would need one.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if "vllm" not in sys.modules:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return gpu
+
+
+class VllmPolicy:
+    """A Hugging Face model (id or folder) on vLLM; building it loads the model and blocks.
+
+    On a CPU `kv_cache_bytes` defaults to what `max_num_seqs` full sequences need, a quarter of the free memory at
+    most; `gpu_memory_utilization`, `tensor_parallel_size` and `enforce_eager` are for GPUs. Raises `PolicyError` when
+    the model cannot be loaded or its tokenizer cannot be rendered exactly.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        name: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int = 4096,
+        max_num_seqs: int = 64,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1,
+        enforce_eager: bool = False,
+        weights_version: str = "",
+    ) -> None:
+        self.name = name or model
+        self.weights_version = weights_version
+        self._max_model_len = max_model_len
+        gpu = _prepare_process()
+        arguments: dict[str, Any] = {
+            "model": model,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "enable_prefix_caching": True,
+        }
+        try:
+            from transformers import AutoConfig, AutoTokenizer
+
+            self._renderer = Renderer(AutoTokenizer.from_pretrained(model))
+            config = AutoConfig.from_pretrained(model)
+            self._shape = {field: getattr(config, field, None) for field in _SHAPE_FIELDS}
+            if gpu:
+                arguments |= {
+                    "gpu_memory_utilization": gpu_memory_utilization,
+                    "tensor_parallel_size": tensor_parallel_size,
+                    "enforce_eager": enforce_eager,
+                    "kv_cache_memory_bytes": kv_cache_bytes,
+                }
+            else:
+                arguments |= _cpu_arguments(config, dtype, max_model_len, max_num_seqs, kv_cache_bytes)
+            self._engine: VllmEngine = start_engine(arguments, version=weights_version, gpu=gpu)
+        except Exception as error:
+            raise PolicyError(f"cannot load {model!r} on vLLM: {error}", FailureClass.INPUT) from error
+        self._request_numbers = itertools.count()
+        self._requests = self._prompt_tokens = self._generated_tokens = 0
+
+    async def complete(self, messages: Sequence[Message], sampling: Sampling, *, prefix: str = "") -> list[Completion]:
+        """`sampling.n` turns from one shared prefill; greedy candidates are copies of one.
+
+        `max_tokens` is cut to the room that the model has left (finish reason "length"). The same seed and prompt
+        sample the same tokens on the same engine, up to the rounding that another batch composition brings.
+        Log-probabilities are the model's own, before temperature and top-p. A stop string that ends inside a token
+        leaves ids that say more than the text: then `token_ids` is None.
+
+        Raises `PolicyError`: LIMIT when the prompt leaves no room, INPUT when it cannot be rendered, ENGINE for a
+        timeout or a dead engine. Cancelling it takes the request out of the engine.
+        """
+        try:
+            prompt_ids = self._renderer.prompt(messages, prefix)
+            prefix_ids = prompt_ids[len(self._renderer.prompt(messages)) :] if prefix else ()
+        except RenderingError as error:
+            raise PolicyError(str(error), FailureClass.INPUT) from error
+        room = self._max_model_len - len(prompt_ids)
+        if room < 1:
+            raise PolicyError(
+                f"a prompt of {len(prompt_ids)} tokens leaves no room in max_model_len={self._max_model_len}",
+                FailureClass.LIMIT,
+            )
+        version = self.weights_version
+        self._requests += 1
+        try:
+            async with asyncio.timeout(sampling.timeout_s):
+                outputs = await self._engine.generate(
+                    f"r{next(self._request_numbers)}", prompt_ids, self._parameters(sampling, room=room)
+                )
+        except PolicyError:
+            raise
+        except TimeoutError as error:
+            raise PolicyError(f"{self.name}: no completion within timeout_s={sampling.timeout_s:g}") from error
+        except Exception as error:
+            raise PolicyError(f"{self.name}: {type(error).__name__}: {error}", failure_class(error)) from error
+        self._prompt_tokens += len(prompt_ids)
+        self._generated_tokens += sum(len(output.token_ids) for output in outputs)
+        completions = [
+            self._completion(output, sampling, prefix, prefix_ids, len(prompt_ids), version) for output in outputs
+        ]
+        return completions * sampling.n if sampling.temperature <= 0 else completions
+
+    async def update_weights(self, path: str, version: str) -> None:
+        """Load the weights of a Hugging Face folder of the same shape in place.
+
+        Running requests go on with the new ones; their completions carry the version that they began with. Raises
+        `PolicyError`; when loading itself failed the engine is ended, since half of it may be new.
+        """
+        self._check_folder(Path(path))
+        try:
+            async with asyncio.timeout(_UPDATE_TIMEOUT_S):
+                await self._engine.load(str(path), version)
+        except PolicyError:
+            raise
+        except Exception as error:
+            await self.close()
+            raise PolicyError(f"{self.name}: loading the weights of {path} failed: {error!r}") from error
+        self.weights_version = version
+
+    def stats(self) -> dict[str, float]:
+        """Since the start: requests, prompt_tokens, generated_tokens; now: running (requests)."""
+        return {
+            "requests": self._requests,
+            "prompt_tokens": self._prompt_tokens,
+            "generated_tokens": self._generated_tokens,
+            "running": self._engine.running(),
+        }
+
+    async def close(self) -> None:
+        """End the engine and its thread; whoever waits gets a `PolicyError`. May be called twice."""
+        await asyncio.to_thread(self._engine.close)
+
+    def _parameters(self, sampling: Sampling, *, room: int) -> dict[str, Any]:
+        greedy = sampling.temperature <= 0
+        return {
+            "n": 1 if greedy else sampling.n,
+            "temperature": max(sampling.temperature, 0.0),
+            "top_p": sampling.top_p,
+            "max_tokens": min(sampling.max_tokens, room),
+            "stop": list(sampling.stop) or None,
+            "include_stop_str_in_output": True,
+            "stop_token_ids": [self._renderer.stop_token_id],
+            # vLLM gives candidate i the seed + i: neighbouring seeds must not share candidates.
+            "seed": None if sampling.seed is None else _spread(sampling.seed),
+            "logprobs": 0 if sampling.logprobs else None,
+            "detokenize": bool(sampling.stop),  # only stop strings need the engine's text
+        }
+
+    def _completion(
+        self,
+        output: Any,
+        sampling: Sampling,
+        prefix: str,
+        prefix_ids: tuple[int, ...],
+        prompt_tokens: int,
+        version: str,
+    ) -> Completion:
+        sampled = tuple(output.token_ids)
+        ids: tuple[int, ...] | None = prefix_ids + sampled
+        text = self._renderer.tokenizer.decode(list(prefix_ids + sampled), skip_special_tokens=True)
+        if not text.startswith(prefix):  # this tokenizer does not give the prefix back as it was
+            text = prefix + self._renderer.tokenizer.decode(list(sampled), skip_special_tokens=True)
+            ids = None
+        if isinstance(output.stop_reason, str) and text != prefix + output.text:
+            text = prefix + output.text  # cut where the stop string ends, which is inside the last token
+            ids = None
+        logprobs = None
+        if sampling.logprobs:
+            logprobs = tuple(at[token].logprob for at, token in zip(output.logprobs, sampled, strict=True))
+        return Completion(
+            text=text,
+            token_ids=ids,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            weights_version=version,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(sampled),
+        )
+
+    def _check_folder(self, folder: Path) -> None:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"{folder} is no Hugging Face model folder: {error}", FailureClass.INPUT) from error
+        if not any(folder.glob("*.safetensors")):
+            raise PolicyError(f"{folder} holds no *.safetensors file", FailureClass.INPUT)
+        for field, mine in self._shape.items():
+            if field in config and config[field] != mine:
+                raise PolicyError(
+                    f"{folder} has {field}={config[field]}, the running model {mine}: weights of another shape",
+                    FailureClass.INPUT,
+                )
+
+
+def _cpu_arguments(
+    config: Any, dtype: str, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int | None
+) -> dict[str, Any]:
+    return {
+        "enforce_eager": True,  # compiling takes longer than it saves, and a compiler
+        # A partial prefill of a seeded request ends the engine (torch's CPU generator has no offset to set back), so
+        # prompts are computed whole, which they are soon enough.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, 4096),
+        "block_size": 64,  # the default of 128 shares fewer prefixes of short turns
+        "kv_cache_memory_bytes": kv_cache_bytes or _kv_cache_bytes(config, dtype, max_model_len, max_num_seqs),
+    }
+
+
+def _kv_cache_bytes(config: Any, dtype: str, max_model_len: int, max_num_seqs: int) -> int:
+    """Room for `max_num_seqs` full sequences, a quarter of the free memory at most, two sequences at least."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    sequence = values * (4 if dtype == "float32" else 2) * (max_model_len + 128)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(min(sequence * max_num_seqs, free // 4), sequence * 2)
+
+
+def _spread(seed: int) -> int:
+    """31 bits far from those of `seed + 1`."""
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
