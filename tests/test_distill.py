@@ -103,8 +103,9 @@ def test_a_killed_job_goes_on_and_loses_and_repeats_nothing(tmp_path, capsys):
     assert (run_dir / "learning_curve.png").stat().st_size > 5000
     assert (Path(results["student"]) / "model.safetensors").exists()
 
-    assert audit([str(ledger), "--tokenizer", results["student"]]) == 0
-    assert "0 errors" in capsys.readouterr().out
+    assert audit([str(ledger), "--tokenizer", results["student"], "--json"]) == 0
+    proof = json.loads(capsys.readouterr().out)
+    assert proof["ok"] and proof["rows"] == trainable and proof["stop_tokens"] == proof["turns"] > trainable
 
     third = start(run_dir)
     output = finish(third, within_s=60)
