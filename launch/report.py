@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from launch.intervals import Score
@@ -19,17 +20,18 @@ Scores = Mapping[str, Mapping[str, Score]]
 ROW_TITLES = {
     "untrained": "untrained",
     "student": "distilled, greedy",
-    "student_self_consistent": "distilled, self-consistent",
+    "student_self_consistent": "distilled, voting",
     "teacher": "teacher",
 }
 
 
 def score_table(scores: Scores, kinds: Sequence[str], *, title: str) -> Table:
     """One row a policy, one column a kind: mean and 95% interval, in percent."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     for kind in kinds:
-        table.add_column(kind.replace("_", " "), justify="right", no_wrap=True)
+        header = kind.replace("_unseen", "\nunseen").replace("_", " ")
+        table.add_column(header, justify="right", no_wrap=True)
     for name, by_kind in scores.items():
         cells = [_cell(by_kind[kind]) if kind in by_kind else "-" for kind in kinds]
         table.add_row(ROW_TITLES.get(name, name), *cells)

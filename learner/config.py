@@ -88,6 +88,8 @@ class LearnerConfig:
     # -- batches
     tokens_per_step: int = 4096
     """Budget of one optimizer step over all ranks."""
+    rows_per_step: int | None = None
+    """Exactly so many trajectories a step instead of a budget of tokens."""
     micro_batch_tokens: int = 4096
     """Budget of one forward pass on one rank, padding included."""
     max_row_tokens: int = 1024
@@ -148,6 +150,8 @@ class LearnerConfig:
             _at_least(name, getattr(self, name), 0)
         for name in ("ranks", "threads", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
+        if self.rows_per_step is not None:
+            _at_least("rows_per_step", self.rows_per_step, 1)
         _at_least("max_row_tokens", self.max_row_tokens, 8)
         for name in ("tokens_per_step", "micro_batch_tokens"):
             _check(

@@ -31,6 +31,8 @@ class Curriculum:
     tokens_per_step: int
     seed: int
     epochs: int | None = None
+    rows_per_step: int | None = None
+    """Fixed number of rows a step, whatever their tokens; None: as many as `tokens_per_step` allows."""
     epoch: int = 0
     """Complete passes."""
     stream_ended: bool = False
@@ -69,7 +71,7 @@ class Curriculum:
 
     def take(self) -> list[Example]:
         """The rows of the next step; [] when more must arrive first, or when all passes are done (`done`)."""
-        count = fill_step([len(example) for example in self._pending], self.tokens_per_step)
+        count = self._full_step()
         if count is None:
             if not self.stream_ended:
                 return []
@@ -81,6 +83,12 @@ class Curriculum:
                 self.arrived_at_last_row = max(self.arrived_at_last_row, self._arrived[row.key])
         self._start_next_pass_if_over()
         return rows
+
+    def _full_step(self) -> int | None:
+        """How many pending rows make a step; None when there are too few."""
+        if self.rows_per_step is not None:
+            return self.rows_per_step if len(self._pending) >= self.rows_per_step else None
+        return fill_step([len(example) for example in self._pending], self.tokens_per_step)
 
     @property
     def done(self) -> bool:
@@ -112,12 +120,13 @@ class Curriculum:
             "known": sorted(self.examples) if self.epoch > 0 else None,
             "seed": self.seed,
             "tokens_per_step": self.tokens_per_step,
+            "rows_per_step": self.rows_per_step,
             "arrived_at_last_row": self.arrived_at_last_row,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Before anything is added. Raises ValueError when the rows would be taken differently than before."""
-        for name in ("seed", "tokens_per_step"):
+        for name in ("seed", "tokens_per_step", "rows_per_step"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, the checkpoint's run had {state[name]}; use that")
         self.epoch = state["epoch"]

@@ -76,7 +76,12 @@ class Learner:
         self._stop = threading.Event()
         self._refused: Counter[str] = Counter()
         self._validation: list[Example] = []
-        self._curriculum = Curriculum(tokens_per_step=config.tokens_per_step, seed=config.seed, epochs=config.epochs)
+        self._curriculum = Curriculum(
+            tokens_per_step=config.tokens_per_step,
+            rows_per_step=config.rows_per_step,
+            seed=config.seed,
+            epochs=config.epochs,
+        )
         self._checkpoints = Path(config.output_dir) / "checkpoints"
 
     def progress(self) -> Progress:

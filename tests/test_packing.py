@@ -226,3 +226,16 @@ def test_held_out_tasks_are_a_fixed_share() -> None:
     assert 0.08 < share < 0.12
     assert {i for i in ids if held_out(i, 0.05)} < {i for i in ids if held_out(i, 0.1)}
     assert not any(held_out(i, 0.0) for i in ids)
+
+
+def test_a_step_of_fixed_rows_takes_exactly_so_many_whatever_their_length():
+    rows = [example(i, length) for i, length in enumerate([40, 10, 90, 20, 30, 60, 50])]
+    curriculum = Curriculum(tokens_per_step=200, rows_per_step=3, seed=0, epochs=1)
+    for arrived, row in enumerate(rows[:2], 1):
+        curriculum.add(row, arrived)
+    assert curriculum.take() == []
+    for arrived, row in enumerate(rows[2:], 3):
+        curriculum.add(row, arrived)
+    assert [len(curriculum.take()) for _ in range(2)] == [3, 3]
+    curriculum.end_stream()
+    assert len(curriculum.take()) == 1 and curriculum.done
