@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 
 PLAIN_EVERY_S = 10.0
+PLAIN_WIDTH = 100
+"""Columns where there is no terminal to ask."""
 
 
 class LiveView:
@@ -19,6 +21,8 @@ class LiveView:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, PLAIN_WIDTH)
         self._live: Live | None = None
         self._printed_at_s = 0.0
         self._started_s = time.monotonic()
