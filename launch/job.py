@@ -24,7 +24,7 @@ from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
 from launch.wiring import Environments, start_collection, start_workers
 from launch.world import World, load_world
-from learner.base import LearnerError, Progress
+from learner.base import LearnerError
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LearnerConfig
 from learner.learner_actor import LearnerGroup
@@ -101,12 +101,13 @@ class _Stages:
         finally:
             learner.shutdown()
             queue.kill()
-        learned = {**asdict(final), **_first_step(self.folder.ledger, final, total)}
+        learned = {**asdict(final), **_first_step(self.folder, total)}
         write_json(record, learned)
         return learned
 
     def _watch(self, collection: Collection, learner: LearnerGroup, queue: TrajectoryQueue) -> None:
-        began_s, collected, last_step = time.monotonic(), False, -1
+        began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
+        first_step, collected, last_step = self.folder.first_step, False, -1
         with open(self.folder.metrics, "a") as metrics:
             while not (collected and learner.finished()):
                 if collected:
@@ -127,6 +128,8 @@ class _Stages:
                     "waited": f"{learned.wait_s:.0f} s",
                 }
                 self.view.show(figures, last=collected and learner.finished())
+                if learned.first_step_unix_s is not None and not first_step.exists():
+                    write_json(first_step, {"unix_s": learned.first_step_unix_s})
                 if learned.step != last_step:
                     last_step = learned.step
                     row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
@@ -205,13 +208,20 @@ def _found(folder: RunFolder, world: World) -> str:
     return "found of an earlier job: " + "; ".join(parts)
 
 
-def _first_step(ledger: Path, final: Progress, total: int) -> dict[str, Any]:
-    """How much had been collected when the first optimizer step ended."""
-    if final.first_step_unix_s is None:
+def _first_step(folder: RunFolder, total: int) -> dict[str, Any]:
+    """How much had been collected when the run's first optimizer step ended."""
+    if not folder.first_step.exists():
         return {}
-    ended = [t.started_at_s + t.duration_s for t in Ledger(ledger).trajectories()]
-    before = sum(moment <= final.first_step_unix_s for moment in ended)
+    moment_s = json.loads(folder.first_step.read_text())["unix_s"]
+    ended_s = [t.started_at_s + t.duration_s for t in Ledger(folder.ledger).trajectories()]
+    before = sum(ended <= moment_s for ended in ended_s)
     return {"collected_at_first_step": before, "collected_share_at_first_step": before / max(total, 1)}
+
+
+def _minutes_so_far(metrics: Path) -> float:
+    """Where an earlier job's clock stopped."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return float(json.loads(lines[-1])["minutes"]) if lines else 0.0
 
 
 def _results(

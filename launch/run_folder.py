@@ -1,7 +1,7 @@
 """The folder of a run: one configuration, one job at a time, and where everything in it is.
 
 `config.json` holds the configuration that the folder belongs to; a job with another one is refused and told what
-differs. A lock that dies with its process keeps two jobs from sharing the folder. """
+differs. A lock that dies with its process keeps two jobs from sharing the folder."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.curve = self.path / "learning_curve.png"
         self.metrics = self.path / "metrics.jsonl"
+        self.first_step = self.path / "first_step.json"
 
     def config(self) -> DistillConfig:
         """The configuration of the run that is here. Raises `RunFolderError`, `ConfigError`."""

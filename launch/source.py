@@ -1,6 +1,6 @@
 """`StreamSource`: what the learner is handed. First what an earlier run recorded, then the live queue, then a last
 look into the ledger for what was recorded but never arrived (a worker may die between the two). Each trajectory comes
-once. """
+once."""
 
 from __future__ import annotations
 
