@@ -297,6 +297,7 @@ class AsyncEngine:
 
     async def _shutdown(self) -> None:
         self._engine.shutdown()
+        self._engine = None
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
