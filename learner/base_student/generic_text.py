@@ -42,7 +42,7 @@ SYSTEM_LINES = (
 _LEFT_OUT = set(
     "author writer poet novelist founder director mayor publisher birthplace employer employee profession population "
     "country headquarters university college company city birth year border capital language inhabitant owner "
-    "member".split()
+    "member base".split()
 )
 # Words thrown together can read like a question or a page of a task by chance: such documents are dropped.
 _LIKE_A_TASK = re.compile(
@@ -87,30 +87,38 @@ Exchanges = list[Exchange]
 # ---- exchanges: (what is asked, the answer that can be read off it)
 
 
-def repeat(rng: random.Random) -> Exchange:
-    """A list copied in order, the separator kept or changed."""
+def listed(rng: random.Random) -> Exchanges:
+    """A list copied in order, set in other forms, asked about."""
     make = rng.choice((item, item, proper, number, name, any_word, lambda r: number(r, 4, 7), sentence))
-    items = [make(rng) for _ in range(rng.randint(1, 4 if make is sentence else 9))]
-    seps = (", ", "; ", " ", "\n", " | ", " / ", " - ")
-    asked = rng.choice(seps)
-    said = asked if rng.random() < 0.6 else rng.choice(seps)
-    verb = rng.choice(("Repeat", "Copy", "Echo", "Say again", "Write out", "List"))
-    return f"{verb}{': ' if rng.random() < 0.8 else chr(10)}{asked.join(items)}", said.join(items)
+    items = [make(rng) for _ in range(rng.randint(2, 4 if make is sentence else 9))]
+    separators = (", ", "; ", " ", "\n", " | ", " / ", " - ")
+    separator = rng.choice(separators)
+    text = separator.join(items)
+
+    def ask() -> Exchange:
+        i = rng.randrange(len(items) - 1)
+        u = rng.random()
+        if u < 0.4:
+            verb = rng.choice(("Repeat", "Copy", "Echo", "Say again", "Write out", "List"))
+            return f"{verb}:", text if rng.random() < 0.6 else rng.choice(separators).join(items)
+        if u < 0.8:
+            form, line = rng.choice(_LIST_FORMS)
+            return form, "\n".join(line(i, x) for i, x in enumerate(items, 1))
+        if u < 0.9:
+            return f"What comes after {items[i]}?", items[i + 1]
+        return f"What comes before {items[i + 1]}?", items[i]
+
+    return _about(rng, text, ask, most=4)
 
 
-def bullets(rng: random.Random) -> Exchange:
-    """A list set in another form."""
-    items = [item(rng) for _ in range(rng.randint(2, 7))]
-    form, line = rng.choice(
-        (
-            ("Number these", lambda i, x: f"{i}. {x}"),
-            ("Bullets", lambda i, x: f"- {x}"),
-            ("Brackets", lambda i, x: f"[{i}] {x}"),
-            ("Quote each", lambda i, x: f'"{x}"'),
-            ("As comments", lambda i, x: f"# {x}"),
-        )
-    )
-    return f"{form}: " + ", ".join(items), "\n".join(line(i, x) for i, x in enumerate(items, 1))
+_LIST_FORMS: tuple[tuple[str, Callable[[int, str], str]], ...] = (
+    ("Number these:", lambda i, x: f"{i}. {x}"),
+    ("Bullets:", lambda i, x: f"- {x}"),
+    ("Brackets:", lambda i, x: f"[{i}] {x}"),
+    ("Quote each:", lambda i, x: f'"{x}"'),
+    ("As comments:", lambda i, x: f"# {x}"),
+    ("Print each:", lambda i, x: f'print("{x}")'),
+)
 
 
 def key_values(rng: random.Random) -> Exchanges:
@@ -130,12 +138,12 @@ def key_values(rng: random.Random) -> Exchanges:
             )
         )
 
-    return _about(rng, text, ask, most=min(len(pairs), 5))
+    return _about(rng, text, ask, most=min(len(pairs), 7))
 
 
 def _about(rng: random.Random, text: str, ask: Callable[[], Exchange], most: int) -> Exchanges:
     """Up to `most` questions about one text, which stands before or after the first of them."""
-    (asked, answer), *more = [ask() for _ in range(rng.randint(1, most))]
+    (asked, answer), *more = [ask() for _ in range(rng.randint((most + 1) // 2, most))]
     return [(f"{text}\n{asked}" if rng.random() < 0.6 else f"{asked}\n{text}", answer), *more]
 
 
@@ -156,17 +164,6 @@ def numbered_lines(rng: random.Random) -> Exchanges:
         return f'Which line starts with "{start}"?', next(line for line in lines if line.startswith(start))
 
     return _about(rng, "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)), ask, most=4)
-
-
-def neighbour(rng: random.Random) -> Exchange:
-    """What stands after or before something."""
-    make = rng.choice((item, name, any_word, number, proper))
-    items = [make(rng) for _ in range(rng.randint(3, 10))]
-    i = rng.randrange(len(items) - 1)
-    text = rng.choice((", ", " ", "; ", " > ")).join(items)
-    if rng.random() < 0.7:
-        return f"{text}\nWhat comes after {items[i]}?", items[i + 1]
-    return f"{text}\nWhat comes before {items[i + 1]}?", items[i]
 
 
 def delimited(rng: random.Random) -> Exchange:
@@ -227,7 +224,7 @@ def registry(rng: random.Random) -> Exchanges:
         )
 
     text = "\n".join(f"{lead}{s}{join}{prose}" for s, _, prose in records)
-    return _about(rng, text, ask, most=1 + sum(len(values) for _, values, _ in records) // 2)
+    return _about(rng, text, ask, most=1 + sum(len(values) for _, values, _ in records))
 
 
 def results(rng: random.Random) -> Exchanges:
@@ -244,7 +241,7 @@ def results(rng: random.Random) -> Exchanges:
                 (f"{subject}: which {f}?", f"[{i + 1}] gives the {f} {values[f]}."),
                 (f"Want: {f} of {subject}", f"The {f} of {subject} is {values[f]}."),
                 (f"Print the {f} of {subject}.", f'print("{values[f]}")'),
-                (f"What does the page {subject} say?", f"[{i + 1}] {subject}: {prose}"),
+                (f"What does the page {subject} say?", prose),
                 (f"{f} in [{i + 1}]?", f"The {f} is {values[f]}."),
                 (f"{f} in [{i + 1}], as code", f'# The {f} is {values[f]}.\nprint("{values[f]}")'),
                 ("Titles?", ", ".join(s for s, _, _ in records)),
@@ -252,7 +249,7 @@ def results(rng: random.Random) -> Exchanges:
         )
 
     text = "\n".join(f"[{i}] {s}: {prose}" for i, (s, _, prose) in enumerate(records, 1))
-    return _about(rng, text, ask, most=4)
+    return _about(rng, text, ask, most=7)
 
 
 def follow(rng: random.Random) -> Exchange:
@@ -267,48 +264,51 @@ def follow(rng: random.Random) -> Exchange:
     return f"{text}\nFollow {nodes[i]}, {steps} arrows.", " -> ".join(nodes[i : i + steps + 1])
 
 
-def readings(rng: random.Random) -> Exchange:
-    """The numbers in a passage, in order."""
-    numbers = [number(rng) for _ in range(rng.randint(1, 6))]
-    text = " ".join(sentence(rng, n) for n in numbers)
-    if rng.random() < 0.5:
-        return f"{text}\nNumbers?", rng.choice((", ", "\n", " ")).join(numbers)
-    return f"{text}\nSplit into lines.", text.replace(". ", ".\n")
-
-
 _OPERATORS = {"plus": "+", "minus": "-", "times": "*", "over": "//", "modulo": "%"}
 
 
-def commented_code(rng: random.Random) -> Exchange:
-    """A passage; each sentence quoted as a comment above the line of code that uses its number or name."""
-    style = rng.choice(("same", "new", "chain", "chain", "text"))
-    sentences, code = [], []
-    variable = rng.choice(("x", "y", "n", "a", "v", "value", "level", "total", "count", "result"))
+def passage(rng: random.Random) -> Exchanges:
+    """A passage as code, each sentence quoted as a comment above the line that uses it; and in other forms."""
+    style = rng.choice(("same", "new", "chain", "chain", "chain", "text"))
+    sentences, values, code = [], [], []
+    variable = rng.choice(("x", "x", "y", "n", "a", "v", "value", "level", "total", "count", "result"))
     for i in range(rng.randint(1, 5)):
         word, operator = rng.choice(list(_OPERATORS.items()))
         if style == "text":
             value = proper(rng)
-            s = rng.choice((f"{words(rng, 1, 4).capitalize()} {value}.", f"The {rng.choice(FIELD_NAMES)} is {value}."))
+            said = rng.choice((f"{words(rng, 1, 4)} {value}.", f"the {rng.choice(FIELD_NAMES)} is {value}."))
+            said = said[0].upper() + said[1:]
             line = rng.choice((f'name = "{value}"', f'text = "{value}"', f'print("{value}")', f'print("{value}")'))
         else:
             value = number(rng, 1, 6)
-            s = sentence(rng, value)
-            line = f"{variable} = {value}"
-            if style == "new":
-                line = f"{chr(97 + i)} = {value}"
-            elif style == "chain" and i:
-                s = rng.choice((f"{words(rng, 1, 5)} {word} {value}.", f"{word} {value} {words(rng, 1, 4)}."))
-                s = s[0].upper() + s[1:]
+            said = sentence(rng, value)
+            line = f"{chr(97 + i) if style == 'new' else variable} = {value}"
+            if style == "chain" and i:
+                said = rng.choice((f"{words(rng, 1, 5)} {word} {value}.", f"{word} {value} {words(rng, 1, 4)}."))
+                said = said[0].upper() + said[1:]
                 line = f"{variable} = {variable} {operator} {value}"
-        sentences.append(s)
-        code += [f"# {s}", line]
+        sentences.append(said)
+        values.append(value)
+        code += [f"# {said}", line]
     if style != "text":
         code.append(f"print({variable if style != 'new' else 'a'})")
-    joined = rng.choice((" ", " ", "\n")).join(sentences)
     block = "\n".join(code)
-    fence = rng.choice(("", "", "```python\n"))
-    asked = joined + rng.choice(("", "\nWrite it as Python.", "\nPython, please."))
-    return asked, f"{fence}{block}\n```" if fence else block
+
+    def ask() -> Exchange:
+        i = rng.randrange(len(sentences))
+        return rng.choices(
+            (
+                (rng.choice(("Write it as Python.", "Python, please.", "As code:")), block),
+                ("As a code block.", f"```python\n{block}\n```"),
+                ("Numbers?" if style != "text" else "Names?", rng.choice((", ", "\n", " ")).join(values)),
+                ("Split into lines.", "\n".join(sentences)),
+                ("Again.", " ".join(sentences)),
+                (f"Which sentence has {values[i]}?", sentences[i]),
+            ),
+            weights=(4, 1, 1, 1, 1, 1),
+        )[0]
+
+    return _about(rng, rng.choice((" ", " ", "\n")).join(sentences), ask, most=3)
 
 
 def plain_code(rng: random.Random) -> Exchange:
@@ -348,17 +348,14 @@ def session(rng: random.Random) -> Exchange:
 
 
 EXCHANGES: dict[Callable[[random.Random], Exchange | Exchanges], float] = {
-    repeat: 4.0,
-    bullets: 1.5,
+    listed: 3.0,
     key_values: 2.0,
     numbered_lines: 1.5,
-    neighbour: 1.0,
-    delimited: 1.0,
+    delimited: 0.7,
     registry: 2.5,
     results: 2.5,
     follow: 1.0,
-    readings: 1.5,
-    commented_code: 4.0,
+    passage: 3.5,
     plain_code: 2.0,
     session: 0.7,
 }
@@ -377,7 +374,7 @@ def chat(rng: random.Random) -> Document:
     doc = Document()
     if rng.random() < 0.6:
         doc.given(f"{TURN_START}system\n{rng.choice(SYSTEM_LINES)}{TURN_END}\n")
-    for _ in range(rng.choice((1, 1, 2, 2, 3))):
+    for _ in range(rng.choice((1, 1, 1, 2, 2))):
         for asked, answer in _exchanges(rng):
             doc.given(f"{TURN_START}user\n{asked}{TURN_END}\n{TURN_START}assistant\n")
             doc.learnt(f"{answer}{TURN_END}").given("\n")

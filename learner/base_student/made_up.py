@@ -22,8 +22,8 @@ from learner.base_student.word_lists import (
 _INVENTORIES = [
     [["" if part == "-" else part for part in parts.split()] for parts in language]
     for language in (
-        ("b d f g k l m n p r s t v z br dr kr st tr th sh", "a e i o u ai ea", "- - n r l s m x"),
-        ("b c d f g h j l m n p r s t v w", "a e i o u", "- - n r s d th"),
+        ("b c d f g h j k l m n p r s t v w z", "a e i o u", "- - n r s d l m"),
+        ("b br c ch d dr g gr k kr l m n p pr r s sh st t th tr v", "a e i o u ai ea ie oa", "- - n r l s x th t"),
         ("k t p s h m n r w y", "a i u e o", "- - - n i"),
         ("bl br cl cr dr fl fr gl gr pr st tr sk sp wh", "a e i o u oo ee", "ck ll nd ng rt sk m t"),
         ("v z l m n r d s el al or", "a ia io e ie o u", "- - r n th l ra"),

@@ -85,7 +85,7 @@ def build_tokenizer(seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> "Qwen2
     """Train the tokenizer; a few seconds on one core, the same seed gives the same one.
 
     It is a `Qwen2Tokenizer`, because that is what `AutoTokenizer` makes of any tokenizer beside a Qwen2 model
-    (transformers 5.19), with Qwen2's way of splitting text whatever the files say. Every digit is a token of its own there,
+    (transformers 5.19), with Qwen2's way of splitting text whatever the files say. Every digit is a token there,
     so that a number is copied digit by digit. Text comes back in Unicode's composed form (NFC).
     """
     import json
