@@ -97,6 +97,9 @@ class LearnerConfig:
     batching: Batching = "auto"
     """"bucketed": rows of similar length, padded; "packed": rows joined without padding; "auto": bucketed on CPU."""
 
+    ahead_rows: int = 128
+    """Rows that may wait in the learner; when there are more, the queue fills and the rollout waits."""
+
     # -- engine
     zero_stage: int = 0
     ranks: int = 1
@@ -152,6 +155,7 @@ class LearnerConfig:
             _at_least(name, getattr(self, name), 1)
         if self.rows_per_step is not None:
             _at_least("rows_per_step", self.rows_per_step, 1)
+        _at_least("ahead_rows", self.ahead_rows, 1)
         _at_least("max_row_tokens", self.max_row_tokens, 8)
         for name in ("tokens_per_step", "micro_batch_tokens"):
             _check(

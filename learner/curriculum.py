@@ -91,6 +91,11 @@ class Curriculum:
         return fill_step([len(example) for example in self._pending], self.tokens_per_step)
 
     @property
+    def waiting(self) -> int:
+        """Rows that have arrived and are not trained on in this pass yet."""
+        return len(self._pending)
+
+    @property
     def done(self) -> bool:
         """Every pass is over (or there is nothing to pass over)."""
         if not self.stream_ended:

@@ -33,7 +33,7 @@ class Intake:
     """Consumes the source, produces arrivals; waits for the source (a second at a time) and for room. `close` unblocks
     it."""
 
-    def __init__(self, source: TrajectorySource, maker: ExampleMaker, *, room: int = 4096, batch: int = 64) -> None:
+    def __init__(self, source: TrajectorySource, maker: ExampleMaker, *, room: int = 64, batch: int = 32) -> None:
         self._source = source
         self._maker = maker
         self._batch = batch

@@ -228,8 +228,11 @@ class Learner:
         self._update(wait_s=self._progress.wait_s + time.monotonic() - begun)
 
     def _drain(self, intake: Intake) -> None:
-        while not self._curriculum.stream_ended and self._take_in(intake, timeout_s=0.0):
-            pass
+        """What is there, up to `ahead_rows`: the rest stays in the queue, whose producers then wait for us."""
+        curriculum = self._curriculum
+        while not curriculum.stream_ended and curriculum.waiting < self.config.ahead_rows:
+            if not self._take_in(intake, timeout_s=0.0):
+                return
 
     def _take_in(self, intake: Intake, *, timeout_s: float) -> bool:
         """Put one arrival where it belongs; False when there was none."""
