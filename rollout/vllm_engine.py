@@ -235,7 +235,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True)
         self._thread.start()
         try:
-            self._engine = self._there(self._start(arguments, version)).result(_START_TIMEOUT_S)
+            self._engine: Any = self._there(self._start(arguments, version)).result(_START_TIMEOUT_S)
         except BaseException:
             self._stop_loop()
             raise
