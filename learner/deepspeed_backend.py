@@ -364,7 +364,11 @@ def _with_lora(model: Any, config: LearnerConfig) -> Any:
     assert lora is not None
     target = lora.target if lora.target == "all-linear" else [name.strip() for name in lora.target.split(",")]
     settings = PeftConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (declared int; a float works)
+        lora_dropout=lora.dropout,
+        target_modules=target,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
 

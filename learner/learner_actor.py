@@ -143,6 +143,7 @@ class LearnerGroup:
     def progress(self, timeout_s: float = 10.0) -> Progress:
         """Rank 0's snapshot. Raises `LearnerError` when it is dead or silent."""
         import ray
+        import ray.exceptions
 
         try:
             return ray.get(self._actors[0].progress.remote(), timeout=timeout_s)

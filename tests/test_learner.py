@@ -173,7 +173,7 @@ def test_the_export_is_the_trained_student_for_transformers(base: Path, tmp_path
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    answer = model.generate(**prompt, max_new_tokens=3)
+    answer = model.generate(**prompt, max_new_tokens=3)  # pyright: ignore[reportAttributeAccessIssue]
     assert prompt["input_ids"].shape[1] < answer.shape[1] <= prompt["input_ids"].shape[1] + 3
     card = (folder / "README.md").read_text()
     assert "| optimizer steps |" in card and str(final.tokens) in card and str(tmp_path) not in card
@@ -188,20 +188,29 @@ def test_scores_can_be_added_to_the_card(base: Path, tmp_path: Path) -> None:
     assert "| arithmetic | 0.915 |" in Path(str(final.student_dir), "README.md").read_text()
 
 
-def test_lora_is_merged_at_export(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 2, "precision": "bf16", "batching": "packed", "gradient_checkpointing": True},
+        {"zero_stage": 3},
+    ],
+)
+def test_lora_is_merged_at_export(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    lora = LoraConfig(rank=4, alpha=8.0, target="q_proj,down_proj")
-    for stage in (0, 3):
-        config = config_of(base, tmp_path / str(stage), lora=lora, optimizer="adamw", lr=1e-2, zero_stage=stage)
-        final, steps = train(config, ROWS[:12])
-        assert losses(steps)[-1] < losses(steps)[0]
-        before = AutoModelForCausalLM.from_pretrained(base).state_dict()
-        after = AutoModelForCausalLM.from_pretrained(str(final.student_dir)).state_dict()
-        assert after.keys() == before.keys()
-        changed = {key for key in before if not torch.equal(before[key], after[key])}
-        assert changed == {key for key in before if "q_proj.weight" in key or "down_proj.weight" in key}
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.05, target="q_proj,down_proj")
+    final, steps = train(
+        config_of(base, tmp_path, epochs=3, lora=lora, optimizer="adamw", lr=5e-2, **changes), ROWS[:12]
+    )
+    assert losses(steps)[-1] < losses(steps)[0]
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(str(final.student_dir)).state_dict()
+    assert after.keys() == before.keys()
+    kept = torch.bfloat16 if "precision" in changes else torch.float32
+    changed = {key for key in before if not torch.equal(before[key].to(kept), after[key].to(kept))}
+    assert changed == {key for key in before if "q_proj.weight" in key or "down_proj.weight" in key}
 
 
 @pytest.mark.parametrize("stage", [0, 2])
