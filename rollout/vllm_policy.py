@@ -1,5 +1,4 @@
-"""`VllmPolicy`: a model on vLLM, in this process, behind the `Policy` seam. The only file that imports vllm, and it
-does so late.
+"""`VllmPolicy`: a model on vLLM, in this process, behind the `Policy` seam; the engine is in `rollout.vllm_engine`.
 
 Token-exact: the prompt is `rollout.rendering.Renderer`'s, sampled ids are kept as they came, and text is what those
 ids decode to. On a CPU the engine is vLLM's synchronous one, stepped by one thread of this process (fastest start, no
