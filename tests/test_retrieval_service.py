@@ -367,7 +367,7 @@ def test_a_silent_actor_is_our_failure_within_the_limit(ray_cluster) -> None:
             time.sleep(60)
             return []
 
-    handle = Silent.remote()
+    handle = Silent.remote()  # type: ignore[attr-defined]
     started = time.perf_counter()
     with pytest.raises(EnvError, match=r"no answer from the retrieval actor within 0\.3 s"):
         RayRetrieverClient(handle, timeout_s=0.3).search("fox", 1)

@@ -9,7 +9,7 @@ mimetic initialisation (Trockman & Kolter, arXiv 2305.09828); everything stays t
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -57,7 +57,8 @@ def build_model(config: "Qwen2Config", seed: int) -> "Qwen2ForCausalLM":
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(model.model.embed_tokens.weight, std=0.04)
-        for i, layer in enumerate(model.model.layers):
+        layers: Any = model.model.layers
+        for i, layer in enumerate(layers):
             scale = (2 * config.num_hidden_layers) ** -0.5
             layer.self_attn.o_proj.weight.mul_(scale * (0.3 if i >= 2 else 1.0))
             layer.mlp.down_proj.weight.mul_(scale * 0.1)
@@ -78,7 +79,8 @@ def _prepare_copying(model: "Qwen2ForCausalLM") -> None:
         return torch.linalg.qr(torch.randn(hidden, head))[0].T
 
     token, written = orthonormal_rows(), [orthonormal_rows() for _ in range(4)]  # written[k]: what stood k tokens back
-    layer0, layer1 = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    layers: Any = model.model.layers
+    layer0, layer1 = layers[0].self_attn, layers[1].self_attn
     fast, slow = (frequency > 0.15).float(), (frequency < 0.02).nonzero()[:, 0]
     # Biases alone give a score that peaks at a fixed offset: the query's is the key's, turned by that offset.
     peak = torch.cat([fast, fast]) * (40 * math.sqrt(head) / (2 * fast.sum())) ** 0.5

@@ -30,9 +30,10 @@ def token_stream(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "Iterator[t
     """(token ids, which of them are learnt) of one document after another, each with an end-of-text token."""
     import numpy as np
 
-    encode, end = tokenizer.backend_tokenizer.encode, tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    backend: Any = tokenizer.backend_tokenizer
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     for document in documents(seed):
-        encoding = encode(document.text)
+        encoding = backend.encode(document.text)
         flags = np.frombuffer(document.learnt_flags, dtype=np.uint8)
         last = np.fromiter((stop - 1 for _, stop in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
         yield np.array([*encoding.ids, end]), np.append(flags[last], 0).astype(bool)

@@ -7,7 +7,7 @@ Markdown, because a pretrained model's tokenizer knows those strings; the model 
 """
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from learner.base_student.generic_text import END_OF_TEXT, TURN_END, TURN_START
 from learner.base_student.made_up import name_syllables
@@ -109,10 +109,11 @@ def build_tokenizer(seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> "Qwen2
         show_progress=False,
     )
     bpe.train_from_iterator(training_text(seed), trainer)
-    learnt = json.loads(bpe.to_str())["model"]
+    learnt: Any = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        merges=merges,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
