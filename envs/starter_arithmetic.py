@@ -98,7 +98,7 @@ def held_out(numbers: tuple[int, ...]) -> bool:
 def make_problem(rng: random.Random, names: list[str], *, split: str, unseen: bool) -> tuple[str, Problem]:
     """A question of `split` ("train" or "test") and its problem; `unseen`: with a pair of clauses never trained on."""
     while True:
-        lengths = (1, 2, 2, 3) if split == "train" else (2, 2, 3)
+        lengths = (1, 2, 2, 3, 3) if split == "train" else (2, 2, 3)
         chosen = [rng.randrange(len(CLAUSES)) for _ in range(rng.choice(lengths))]
         if any(pair in UNSEEN_PAIRS for pair in zip(chosen, chosen[1:], strict=False)) != unseen:
             continue
