@@ -331,8 +331,9 @@ def _start_distributed(config: LearnerConfig, rank: int, world_size: int) -> Non
 
     logger.setLevel("ERROR")
     if not torch.cuda.is_available():
-        # Else the first collective compiles a C++ kernel for a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # No compiled operator is used; else DeepSpeed probes the compiler for each (with linker errors on the terminal)
+        # and the first collective builds a C++ kernel for a minute.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout(config))
 

@@ -65,12 +65,15 @@ def losses(steps: list[Progress]) -> list[float]:
 
 
 def test_the_loss_does_not_depend_on_packing_or_micro_batches(base: Path, tmp_path: Path) -> None:
-    whole = losses(train(config_of(base, tmp_path / "a", precision="fp32"))[1])
-    assert len(whole) >= 3 and whole[-1] < whole[0]
-    small = losses(train(config_of(base, tmp_path / "b", precision="fp32", micro_batch_tokens=512))[1])
-    packed = losses(train(config_of(base, tmp_path / "c", precision="fp32", batching="packed"))[1])
-    assert small == pytest.approx(whole, abs=1e-5)
-    assert packed == pytest.approx(whole, abs=1e-5)
+    # AdamW: Muon's bf16 iterations would blow up the rounding of sums that are added in another order.
+    exact = {"precision": "fp32", "optimizer": "adamw"}
+    whole = train(config_of(base, tmp_path / "a", **exact))[1]
+    assert len(whole) >= 3 and whole[-1].loss < whole[0].loss
+    small = train(config_of(base, tmp_path / "b", **exact, micro_batch_tokens=512))[1]
+    packed = train(config_of(base, tmp_path / "c", **exact, batching="packed"))[1]
+    for other in (small, packed):
+        assert losses(other) == pytest.approx(losses(whole), abs=1e-5)
+        assert [step.grad_norm for step in other] == pytest.approx([step.grad_norm for step in whole], rel=1e-4)
 
 
 def test_the_first_loss_is_the_weighted_mean_that_transformers_computes(base: Path, tmp_path: Path) -> None:
