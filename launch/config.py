@@ -95,6 +95,8 @@ class EvaluateConfig:
 
     max_tokens: int = 192
     max_model_len: int = 2048
+    fruitless_steps: int = 2
+    """Give an episode up after so many turns in a row without an action; 0 never does."""
     candidates: int = 8
     temperature: float = 0.4
     top_p: float = 0.8

@@ -52,17 +52,18 @@ def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
 
 def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
     """How students are run in `mode`: greedy, or k candidates a step with a vote."""
+    evaluate = config.evaluate
     settings = replace(
         config.episode,
         first_thought=False,
-        max_tokens=config.evaluate.max_tokens,
+        max_tokens=evaluate.max_tokens,
+        fruitless_steps=evaluate.fruitless_steps,
         candidates=1,
         temperature=0.0,
         top_p=1.0,
     )
     if mode == "greedy":
         return settings
-    evaluate = config.evaluate
     return replace(settings, candidates=evaluate.candidates, temperature=evaluate.temperature, top_p=evaluate.top_p)
 
 

@@ -51,6 +51,8 @@ class EpisodeSettings:
     candidates: int = 1
     """k of self-consistent action generation; 1 samples one action a step."""
     first_thought: bool = False
+    fruitless_steps: int = 0
+    """End the episode after so many turns in a row that could not be parsed; 0 never does (cf. arXiv 2505.17616)."""
     deadline_s: float = 300.0
     seed: int = 0
 
@@ -132,6 +134,8 @@ class _Episode:
             if turn.stop is not None:
                 self.reward, self.prediction = turn.reward, turn.prediction
                 return turn.stop
+            if self._fruitless():
+                return StopReason.FRUITLESS
             completion = turn.step.completion
             messages += [
                 Message(
@@ -140,6 +144,12 @@ class _Episode:
                 observation_message(turn.step.observation),
             ]
         return StopReason.MAX_STEPS
+
+    def _fruitless(self) -> bool:
+        last = self.steps[-self.settings.fruitless_steps :] if self.settings.fruitless_steps else []
+        return len(last) == self.settings.fruitless_steps > 0 and all(
+            step.observation_kind is ObservationKind.PARSE_ERROR for step in last
+        )
 
     async def _turn(self, messages: Sequence[Message], index: int, prefix: str) -> _Turn:
         asked = time.monotonic()

@@ -111,6 +111,7 @@ class StopReason(StrEnum):
     MAX_STEPS = "max_steps"
     LENGTH = "length"
     DEADLINE = "deadline"
+    FRUITLESS = "fruitless"
     FAILED = "failed"
 
 

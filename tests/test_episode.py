@@ -120,6 +120,12 @@ def test_policy_errors_are_classified(failure_class, stop):
     assert (trajectory.failure is not None) == (stop is StopReason.FAILED)
 
 
+def test_fruitless_turns_in_a_row_end_it():
+    replies = ["nothing", code("add 1"), "nothing", "nothing", code("say")]
+    trajectory = run(lambda messages, i: replies[sum(m.role == "assistant" for m in messages)], fruitless_steps=2)
+    assert trajectory.stop_reason is StopReason.FRUITLESS and len(trajectory.steps) == 4
+
+
 def test_max_steps_ends_it():
     trajectory = run(lambda messages, i: code("add 1"), max_steps=3)
     assert len(trajectory.steps) == 3 and trajectory.stop_reason is StopReason.MAX_STEPS and not trajectory.success
