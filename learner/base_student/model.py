@@ -36,8 +36,8 @@ def model_config(tokenizer: "PreTrainedTokenizerBase") -> "Qwen2Config":
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.get_vocab()[TURN_END],
+        pad_token_id=tokenizer.get_vocab()[END_OF_TEXT],
         use_cache=True,
     )
 
