@@ -11,6 +11,8 @@ mimetic initialisation (Trockman & Kolter, arXiv 2305.09828); everything stays t
 import math
 from typing import TYPE_CHECKING, Any
 
+from learner.base_student.generic_text import END_OF_TEXT, TURN_END
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
