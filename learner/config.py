@@ -66,7 +66,8 @@ class LearnerConfig:
     max_tokens: int | None = None
     """Tokens to train on (all tokens of the rows, padding not counted), in as many passes as that takes."""
     expected_trajectories: int | None = None
-    """How many the stream will bring; lets the learning-rate schedule with `epochs` advance during the first pass."""
+    """How many the stream will bring, refused ones included; without it the schedule of `epochs` stands still during
+    the first pass."""
 
     # -- optimizer
     optimizer: OptimizerName = "muon"

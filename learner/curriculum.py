@@ -109,7 +109,7 @@ class Curriculum:
             return 0.0
         if self.done:
             return 1.0
-        if self.epoch > 0 or (self.stream_ended and expected_trajectories is None):
+        if self.epoch > 0:
             within = len(self._trained) / max(1, len(self.examples))
         elif expected_trajectories:
             within = min(1.0, self.arrived_at_last_row / expected_trajectories)

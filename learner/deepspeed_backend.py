@@ -333,7 +333,7 @@ def _start_distributed(config: LearnerConfig, rank: int, world_size: int) -> Non
     if not torch.cuda.is_available():
         # No compiled operator is used; else DeepSpeed probes the compiler for each (with linker errors on the terminal)
         # and the first collective builds a C++ kernel for a minute.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  (no attribute until it is set)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout(config))
 

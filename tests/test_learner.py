@@ -32,6 +32,7 @@ def config_of(base: Path, out: Path, **changes: Any) -> LearnerConfig:
         "micro_batch_tokens": 1024,
         "max_row_tokens": 512,
         "warmup_steps": 2,
+        "expected_trajectories": len(ROWS),
         "collective_timeout_s": 30.0,
     }
     return LearnerConfig(model_path=str(base), output_dir=str(out), **{**settings, **changes})
@@ -108,6 +109,17 @@ def test_it_trains_while_trajectories_still_arrive(base: Path, tmp_path: Path) -
     assert final.trajectories == final.examples == final.rows == len(ROWS)
     assert final.done and final.fraction == 1.0 and final.wait_s > 0
     assert set(final.loss_by_span) == {"thought", "code", "format"}
+
+
+def test_the_schedule_does_not_depend_on_how_fast_trajectories_come(base: Path, tmp_path: Path) -> None:
+    for expected in (len(ROWS), None):
+        fast = train(config_of(base, tmp_path / f"fast-{expected}", epochs=2, expected_trajectories=expected))[1]
+        slow: list[Progress] = []
+        source = ListSource(ROWS, batch=4, pause_s=0.2)
+        config = config_of(base, tmp_path / f"slow-{expected}", epochs=2, expected_trajectories=expected)
+        Learner(config, source, on_progress=slow.append).run()
+        assert [step.lr for step in slow] == [step.lr for step in fast]
+        assert losses(slow) == losses(fast)
 
 
 def test_refused_and_held_out_trajectories_are_counted_and_not_trained_on(base: Path, tmp_path: Path) -> None:
@@ -218,7 +230,7 @@ def test_lora_is_merged_at_export(base: Path, tmp_path: Path, changes: dict[str,
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_resumed_run_repeats_the_uninterrupted_one(base: Path, tmp_path: Path, stage: int) -> None:
-    changes = {"epochs": 2, "zero_stage": stage, "gradient_clipping": 0.0, "expected_trajectories": len(ROWS)}
+    changes = {"epochs": 2, "zero_stage": stage, "gradient_clipping": 0.0}
     whole = train(config_of(base, tmp_path / "whole", **changes))[1]
     assert len(whole) >= 6
     for stop_after in (2, 5):  # within the stream, within the second pass
