@@ -43,6 +43,6 @@ class StreamSource:
 
     def _new(self, trajectories: Iterable[Trajectory]) -> Iterable[Trajectory]:
         for trajectory in trajectories:
-            if trajectory.trainable and trajectory.key not in self._delivered:
+            if trajectory.failure is None and trajectory.key not in self._delivered:
                 self._delivered.add(trajectory.key)
                 yield trajectory

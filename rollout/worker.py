@@ -1,7 +1,7 @@
 """`RolloutWorker`: one policy, many episodes at once as coroutines, every finished one recorded before anyone consumes
 it.
 
-Consumes requests from a `TaskFeed`, one whenever a slot is free. Produces ledger shards, then puts the trainable
+Consumes requests from a `TaskFeed`, one whenever a slot is free. Produces ledger shards, then puts the resulting
 trajectories into the trajectory queue. Waits for: the policy, the envs, and the queue when it is full, which holds new
 episodes back too (the slots hand over to a bounded buffer). Unblocked by: whoever empties the queue, or the queue's
 end.
@@ -39,7 +39,7 @@ class Feed(Protocol):
 
 
 class Sink(Protocol):
-    """Where trainable trajectories go; `rollout.trajectory_queue.TrajectoryQueue` is the real one."""
+    """Where results go; `rollout.trajectory_queue.TrajectoryQueue` is the real one."""
 
     def aput(self, trajectories: Sequence[Trajectory]) -> Awaitable[Any]: ...
 
@@ -123,9 +123,9 @@ class RolloutWorker:
             await asyncio.to_thread(self._ledger.append, batch)
             recorded += len(batch)
             await self._feed.done(self._name, [_summary(trajectory) for trajectory in batch])
-            trainable = [trajectory for trajectory in batch if trajectory.trainable]
-            if trainable and self._sink is not None:
-                await self._sink.aput(trainable)
+            results = [trajectory for trajectory in batch if trajectory.failure is None]
+            if results and self._sink is not None:
+                await self._sink.aput(results)  # the learner refuses, and counts, what it must not learn from
         return recorded
 
     async def _batch(self) -> tuple[list[Trajectory], bool]:
