@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str]:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     import ray
 
+    on_stop = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -57,6 +60,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str]:
             what = "a Ray of its own on this machine"
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"cannot use Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_stop)  # ray.init puts a handler of its own there
     try:
         yield what
     finally:

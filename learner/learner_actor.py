@@ -102,7 +102,6 @@ class LearnerGroup:
             )
         variables = {
             "OMP_NUM_THREADS": str(config.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve the rollout on the same cores
             "TOKENIZERS_PARALLELISM": "false",
             "DS_LOG_LEVEL": "error",
             **({} if gpus_per_rank else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
