@@ -118,6 +118,9 @@ class ClusterConfig:
     """Logical CPUs of a local cluster; its actors share the real ones."""
     object_store_mb: int = 200
     gpus_per_worker: float = 0.0
+    """GPUs of one vLLM engine, for each of its tensor-parallel ranks; 0 runs it on CPUs."""
+    gpus_per_rank: float = 0.0
+    """GPUs of one learner rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

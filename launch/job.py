@@ -83,7 +83,9 @@ class _Stages:
         queue = TrajectoryQueue.create(config.rollout.queue_capacity)
         total = len(self.world.train) * config.rollout.samples
         source = StreamSource(self.folder.ledger, queue)
-        learner = LearnerGroup.start(learner_config(config, self.folder, total), source)
+        learner = LearnerGroup.start(
+            learner_config(config, self.folder, total), source, gpus_per_rank=config.cluster.gpus_per_rank
+        )
         try:
             learner.run()
             self.teacher = start_workers(config, config.teacher, count=config.rollout.workers)
