@@ -87,7 +87,7 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], prefix: str = "") -> tuple[int, ...]:
         """Ids of `messages` + the generation prompt (+ `prefix`, the beginning of the assistant's turn)."""
         pieces = self._split(tuple(message.role for message in messages))
-        row = self._body(messages, pieces)
+        row = self._body(messages, pieces, typed=False)
         ids = row.token_ids + self._literal(pieces.generation_prompt)
         return ids + self._content(prefix)[0] if prefix else ids
 
@@ -95,11 +95,11 @@ class Renderer:
         """The training row of a whole conversation; it must end with an assistant turn."""
         if not messages or messages[-1].role != "assistant":
             raise RenderingError("a training row must end with an assistant turn")
-        return self._body(messages, self._split(tuple(message.role for message in messages)))
+        return self._body(messages, self._split(tuple(message.role for message in messages)), typed=True)
 
     # -- how it is put together
 
-    def _body(self, messages: Sequence[Message], pieces: _Pieces) -> Row:
+    def _body(self, messages: Sequence[Message], pieces: _Pieces, *, typed: bool) -> Row:
         ids: list[int] = []
         types: list[SpanType] = []
         trained: list[bool] = []
@@ -112,7 +112,7 @@ class Renderer:
         for i, message in enumerate(messages):
             before = [token for text in pieces.before[i] for token in self._literal(text)]
             add(before, [SpanType.FORMAT] * len(before), False)
-            content_ids, content_types = self._typed_content(message)
+            content_ids, content_types = self._typed_content(message, typed=typed)
             is_assistant = message.role == "assistant"
             add(content_ids, content_types, is_assistant)
             if is_assistant and (not content_ids or content_ids[-1] != self.stop_token_id):
@@ -123,10 +123,13 @@ class Renderer:
             add(after, [SpanType.FORMAT] * len(after), False)
         return Row(tuple(ids), tuple(types), tuple(trained))
 
-    def _typed_content(self, message: Message) -> tuple[tuple[int, ...], tuple[SpanType, ...]]:
+    def _typed_content(self, message: Message, *, typed: bool) -> tuple[tuple[int, ...], tuple[SpanType, ...]]:
+        """Ids of a content, and the type of each; not `typed` spares finding out (a prompt has no use for it)."""
         default = _DEFAULT_SPAN[message.role]
         if message.token_ids is not None:
             ids = message.token_ids
+            if not typed:
+                return ids, (default,) * len(ids)
             ends = self._decoded_ends(ids)
         else:
             ids, ends = self._content(message.content)
