@@ -135,7 +135,9 @@ class Renderer:
             ids, ends = self._content(message.content)
         if not message.spans:
             return ids, (default,) * len(ids)
-        return ids, tuple(_type_at(message.spans, end - 1, default) for end in ends)
+        starts = (0, *ends[:-1])
+        anchors = (_anchor(message.content, start, end) for start, end in zip(starts, ends, strict=True))
+        return ids, tuple(_type_at(message.spans, anchor, default) for anchor in anchors)
 
     def _content(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids and end offsets (characters) of a content; text that spells a special token stays plain text."""
@@ -217,6 +219,13 @@ class Renderer:
         return self.tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generation_prompt, return_dict=False
         )
+
+
+def _anchor(text: str, start: int, end: int) -> int:
+    """Where a token counts: at its first character that is no white space, if it has one (")\\n" is code, " look"
+    thought)."""
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()) if piece.strip() else start
 
 
 def _type_at(spans: Sequence[Span], position: int, default: SpanType) -> SpanType:
