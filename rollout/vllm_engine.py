@@ -71,6 +71,7 @@ class WeightsExtension:
 
 def start_engine(arguments: Mapping[str, Any], *, version: str, gpu: bool) -> VllmEngine:
     """Load a model and block until it is ready. `arguments` are those of vLLM's `EngineArgs`."""
+    _look_past_numba()
     arguments = {
         **arguments,
         "worker_extension_cls": f"{WeightsExtension.__module__}.{WeightsExtension.__qualname__}",
@@ -78,6 +79,21 @@ def start_engine(arguments: Mapping[str, Any], *, version: str, gpu: bool) -> Vl
         "use_tqdm_on_load": False,
     }
     return AsyncEngine(arguments, version) if gpu else InProcessEngine(arguments, version)
+
+
+def _look_past_numba() -> None:
+    """vLLM 0.32 looks for kernels in every loaded module and trips over llvmlite's library object, whose `__dict__` is
+    none.
+
+    It matters where numba (BM25) was imported before the engine starts in the same process.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def safe_vars(value: Any) -> Mapping[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    setattr(dispatcher, "vars", safe_vars)  # noqa: B010  (shadows the built-in in that module alone)
 
 
 def failure_class(error: Exception) -> FailureClass:

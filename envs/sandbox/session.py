@@ -63,6 +63,10 @@ _ENVIRONMENT = {
 }
 
 
+class _Refused(SandboxError):
+    """An episode that says why it cannot be; trying again would not help."""
+
+
 class Sandbox:
     """Owns one zygote; starts sessions, from any thread. A zygote that died is started again; its sessions live on.
 
@@ -159,15 +163,13 @@ class Sandbox:
         for _ in range(2):  # once more when the zygote turns out to be dead
             try:
                 holder, hello, control = self._request_episode(seed, probe)
+            except _Refused:
+                raise
             except (OSError, SandboxError) as error:
                 if self._closed:
                     raise SandboxError("the sandbox is closed") from error
                 problem = error
                 continue
-            if "failed" in hello:
-                holder.kill()
-                control.close()
-                raise SandboxError(str(hello["failed"]))
             return holder, hello, control
         raise SandboxError(f"an episode could not be started: {problem}") from problem
 
@@ -189,6 +191,8 @@ class Sandbox:
                 control_theirs.close()
                 frames_theirs.close()
             pid, hello = drive.greet(frames, time.monotonic() + _HELLO_S)
+            if "failed" in hello:  # its last words: it may have ended by now
+                raise _Refused(str(hello["failed"]))
             return drive.Process(frames, pid), hello, control
         except BaseException:
             control.close()
