@@ -538,7 +538,9 @@ def test_fork_bomb_makes_nothing(tier: Sandbox):
         assert [execution.value for execution in seen] == ["0", "0", "1"]
 
 
-def test_frames_of_the_codes_own_making_harm_only_itself(session: Session):
+def test_frames_of_the_codes_own_making_harm_only_itself(patient: Session):
+    session = patient
+
     def forge(data: str) -> str:
         return (
             f"import os, struct\nbody = {data}\nframe = struct.pack('>I', len(body)) + body\n"
