@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # A job that is stopped politely ends as one that is interrupted: everything it started ends first.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both are set: a shell's background job starts with SIGINT ignored.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
 
     from launch.job import JobError, run_job
     from launch.run_folder import RunFolder, RunFolderError
