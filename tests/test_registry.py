@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def double(x: int) -> int:
 
 
 def test_a_code_env_with_a_tool_answers_and_ends():
-    env = make_env("code", tools=[Tool.from_function(double)])
+    env: Any = make_env("code", tools=[Tool.from_function(double)])
     env.reset(TASK, seed=0)
     assert env.step("y = double(20)\ny + 2").observation.text.endswith("Last output from code snippet:\n42")
     result = env.step("final_answer(y + 2)")
