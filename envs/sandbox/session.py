@@ -18,6 +18,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -160,7 +161,7 @@ class Sandbox:
     def _begin_episode(self, seed: int, probe: bool = False) -> tuple[drive.Process, dict[str, Any], socket.socket]:
         """A fresh state holder, its first frame, and the socket that its keeper lives by. Raises `SandboxError`."""
         problem: Exception | None = None
-        for _ in range(2):  # once more when the zygote turns out to be dead
+        for _ in range(3):  # again when the zygote turns out to be dead
             try:
                 holder, hello, control = self._request_episode(seed, probe)
             except _Refused:
@@ -169,6 +170,10 @@ class Sandbox:
                 if self._closed:
                     raise SandboxError("the sandbox is closed") from error
                 problem = error
+                zygote = self._zygote
+                if zygote is not None:  # one that is being killed is not seen as dead at once
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        zygote.wait(0.3)
                 continue
             return holder, hello, control
         raise SandboxError(f"an episode could not be started: {problem}") from problem
