@@ -60,7 +60,7 @@ async def _ask(options: argparse.Namespace) -> int:
             kinds = ", ".join(dict.fromkeys(held_out.kind for held_out in world.test))
             raise ValueError(f"--example {options.example!r}: this run has {kinds}")
         task = examples[0]
-    student = Path(options.student) if options.student else folder.learner / "student"
+    student = Path(options.student) if options.student else folder.student
     if not (student / "config.json").is_file():
         raise ValueError(f"{student} holds no student yet: let launch/distill.py finish, or name one with --student")
     spec = student_spec(config, str(student))

@@ -144,7 +144,7 @@ class _Stages:
         config = self.config
         base = str(_model_folder(config.learner))
         spec = student_spec(config, base)
-        final = Weights(str(_student_folder(self.folder)), FINAL)
+        final = Weights(str(self.folder.student), FINAL)
         rows = [("untrained", "greedy", None), ("student", "greedy", final)]
         if config.env.name == "code":
             rows.append(("student_self_consistent", "self_consistent", final))
@@ -183,10 +183,6 @@ def _model_folder(learner: LearnerConfig) -> Path | str:
         return BASE_STUDENT_FOLDER
     path = Path(learner.model_path)
     return path.absolute() if path.exists() else learner.model_path
-
-
-def _student_folder(folder: RunFolder) -> Path:
-    return folder.learner / "student"
 
 
 def _stop(workers: list[Any]) -> None:
@@ -241,7 +237,7 @@ def _results(
         "seed": config.seed,
         "minutes": round(minutes, 2),
         "scores": scores_to_json(scores),
-        "student": str(_student_folder(folder)),
+        "student": str(folder.student),
         "learning_curve": str(folder.curve),
         "learner": learned,
         "environment": describe_environment(),

@@ -32,7 +32,7 @@ class RunFolder:
         self.ledger = self.path / "ledger"
         self.index = self.path / "index"
         self.learner = self.path / "learner"
-        self.student = self.path / "student"
+        self.student = self.learner / "student"
         self.scores = self.path / "evaluation"
         self.results = self.path / "results.json"
         self.curve = self.path / "learning_curve.png"
