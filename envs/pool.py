@@ -22,7 +22,7 @@ from typing import Any
 from envs.answer_env import AnswerEnv
 from envs.base import Env, EnvError, Observation, StepResult, Task
 from envs.grading import grade
-from envs.sandbox import Sandbox, SandboxLimits
+from envs.sandbox import DEFAULT_MODULES, Sandbox, SandboxLimits
 
 SearchFunction = Callable[[str, int], list[Any]]
 """(query, k) -> hits, best first."""
@@ -38,6 +38,9 @@ class EnvSpec:
     search_results: int = 2
     """Passages that one web_search shows."""
     search_format: str = "numbered"
+    modules: tuple[str, ...] = DEFAULT_MODULES
+    """What code may import. Loaded once a host and shared by its episodes; large ones (numpy, sympy) make each start
+    some 15 ms slower."""
     unsafe: bool = False
     """Run without kernel confinement where there is none; refused otherwise."""
 
@@ -60,7 +63,9 @@ class EnvHost:
 
                 self._tools = [web_search_tool(search, k=spec.search_results, formatter=spec.search_format)]
             names = [tool.name for tool in self._tools]
-            self._sandbox = Sandbox(tool_names=names, limits=spec.limits, unsafe=spec.unsafe)
+            self._sandbox = Sandbox(
+                tool_names=names, modules=spec.modules, limits=spec.limits, unsafe=spec.unsafe
+            )
 
     def make(self) -> Env:
         """A new env that shares this host's sandbox and tools."""

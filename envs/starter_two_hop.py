@@ -185,6 +185,8 @@ class TwoHop:
     entity: str
     first: Relation
     second: Relation
+    asked: str
+    """The question about the second hop alone, X for who or what it is about: "In which city was X born?"."""
 
 
 def make_two_hop(rng: random.Random, world: Encyclopedia, *, split: str, unseen: bool) -> tuple[str, TwoHop, str]:
@@ -199,23 +201,24 @@ def make_two_hop(rng: random.Random, world: Encyclopedia, *, split: str, unseen:
         touches_held_out = entity in world.held_out if split == "test" else not {entity, bridge} & world.held_out
         if not touches_held_out:
             continue
-        question = rng.choice(second.phrases).format(x=rng.choice(first.phrases).format(x=entity))
-        return question, TwoHop(entity, first, second), world.entities[bridge].facts[second.name]
+        asked = rng.choice(second.phrases)
+        question = asked.format(x=rng.choice(first.phrases).format(x=entity))
+        return question, TwoHop(entity, first, second, asked.format(x="X")), world.entities[bridge].facts[second.name]
 
 
 def read_two_hop(question: str) -> TwoHop | None:
     """Understands the text of a two-hop question; None when it is none. This is how the built-in expert sees it."""
     best: TwoHop | None = None
     for second in SECOND_HOPS:
-        for middle in _filled(second.phrases, question):
+        for asked, middle in _filled(second.phrases, question):
             for first in FIRST_HOPS:
                 if first.target != second.subject:
                     continue
-                for entity in _filled(first.phrases, middle):
+                for _, entity in _filled(first.phrases, middle):
                     # "the mayor of the city {x}" also fits "the mayor of {x}": the longest phrase leaves the shortest
                     # name.
                     if best is None or len(entity) < len(best.entity):
-                        best = TwoHop(entity, first, second)
+                        best = TwoHop(entity, first, second, asked.format(x="X"))
     return best
 
 
@@ -230,11 +233,11 @@ def read_page(text: str) -> dict[str, str]:
     return {}
 
 
-def _filled(templates: tuple[str, ...], text: str) -> list[str]:
-    """What stands at {x} for each template that fits."""
+def _filled(templates: tuple[str, ...], text: str) -> list[tuple[str, str]]:
+    """Each template that fits, with what stands at its {x}."""
     fits = []
     for template in templates:
         before, after = template.split("{x}")
         if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
-            fits.append(text[len(before) : len(text) - len(after)])
+            fits.append((template, text[len(before) : len(text) - len(after)]))
     return fits

@@ -4,8 +4,10 @@ It sees exactly what a model would see, the messages, and never a task's referen
 the starter world's grammar, writes Thought / Code turns in the paper's format, and takes what it needs for the next
 step out of the observations. Where an observation does not hold what it looks for, it fails like any teacher would.
 
-Its style decides how fast a small student learns: each clause of a word problem is quoted as a comment above the line
-of code that serves it, which turns an alignment over the whole question into a local copy.
+Its style decides how fast a small student learns, as it turns each alignment over the whole question into a local one.
+The sentences of a word problem are first copied one after the other and numbered; each is then quoted by its number as
+a comment above the line of code that serves it. For a two-hop question the second hop is asked of an X, and named,
+before the first one comes in, so that its name follows from those words alone.
 
 Asked with the chain-of-thought prompt it reasons in words; for the two-hop questions it then relies on facts that it
 knows by heart (`known_facts`), as a large model would.
@@ -67,8 +69,9 @@ def _act_arithmetic(problem: Problem, observations: list[str]) -> str:
     if observations:
         return _turn_text("I have the result.", "final_answer(x)")
     changes = [f"x = {problem.start}", *(f"x = x {operator} {n}" for operator, n in problem.changes)]
-    lines = [line for pair in zip(problem.sentences, changes, strict=True) for line in (f"# {pair[0]}", pair[1])]
-    return _turn_text(f"Apply each change to the {problem.items} in order.", "\n".join([*lines, "print(x)"]))
+    numbered = [f"{i}) {sentence}" for i, sentence in enumerate(problem.sentences, 1)]
+    lines = [line for sentence, change in zip(numbered, changes, strict=True) for line in (f"# {sentence}", change)]
+    return _turn_text(" ".join(numbered), "\n".join([*lines, "print(x)"]))
 
 
 def _reason_arithmetic(problem: Problem) -> str:
@@ -82,7 +85,8 @@ def _reason_arithmetic(problem: Problem) -> str:
 
 def _act_two_hop(hops: TwoHop, observations: list[str]) -> str:
     if not observations:
-        return _search(f"Find the {hops.first.label} of {hops.entity}.", hops.entity)
+        plan = f"{hops.asked} I want the {hops.second.label}. First find the {hops.first.label} of {hops.entity}."
+        return _search(plan, hops.entity)
     bridge = _found(observations[0], hops.entity, hops.first.name)
     if bridge is None:
         return _give_up()
