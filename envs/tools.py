@@ -16,7 +16,8 @@ Example::
     tool = Tool.from_function(web_search)
     tool.call(["Ada Lovelace"], {})     # arguments are checked against the schema first
 
-The schema is a JSON Schema object (https://json-schema.org), as OpenAI-compatible APIs and MCP use it.
+The schema is a JSON Schema object (https://json-schema.org), as OpenAI-compatible APIs and MCP use it; `envs.mcp_tools`
+makes tools of an MCP server's.
 """
 
 from __future__ import annotations
@@ -102,12 +103,13 @@ class Tool:
         Raises `ToolError` naming the argument that is wrong; what the function raises goes through.
         """
         properties: Mapping[str, Any] = self.parameters.get("properties", {})
+        open_ended = self.parameters.get("additionalProperties", False) is not False
         names = list(properties)
         if len(args) > len(names):
             raise ToolError(f"{self.name}() takes at most {len(names)} arguments ({', '.join(names)}), got {len(args)}")
         bound = dict(zip(names, args, strict=False))
         for key, value in kwargs.items():
-            if key not in properties:
+            if key not in properties and not open_ended:
                 raise ToolError(f"{self.name}() has no argument {key!r}; it has {', '.join(names) or 'none'}")
             if key in bound:
                 raise ToolError(f"{self.name}() got two values for argument {key!r}")
@@ -116,17 +118,25 @@ class Tool:
         if missing:
             raise ToolError(f"{self.name}() needs argument {missing[0]!r}; its arguments are {', '.join(names)}")
         for key, value in bound.items():
-            if not _matches(value, properties[key]):
-                wanted = properties[key].get("type", "another type")
-                raise ToolError(
-                    f"{self.name}() argument {key!r} must be {wanted}, got {type(value).__name__} {value!r:.80}"
-                )
+            schema = properties.get(key, {})
+            if not _matches(value, schema):
+                got = f"{type(value).__name__} {value!r:.80}"
+                raise ToolError(f"{self.name}() argument {key!r} must be {_wanted(schema)}, got {got}")
         return self.function(**bound)
 
+    def as_json_schema(self) -> dict[str, Any]:
+        """The tool as OpenAI-compatible APIs and chat templates take it: `{"type": "function", "function": ...}`."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
 
-def _matches(value: Any, schema: Mapping[str, Any]) -> bool:
-    if "anyOf" in schema:
-        return any(_matches(value, option) for option in schema["anyOf"])
+
+def _matches(value: Any, schema: Any) -> bool:
+    """Types, enums and the items of arrays; other keywords of JSON Schema are left to the tool itself."""
+    if not isinstance(schema, Mapping):  # `true` and `false` are schemas, too
+        return schema is not False
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            return any(_matches(value, option) for option in schema[keyword])
     if "enum" in schema:
         return value in schema["enum"]
     wanted = schema.get("type")
@@ -135,7 +145,24 @@ def _matches(value: Any, schema: Mapping[str, Any]) -> bool:
     kinds = [wanted] if isinstance(wanted, str) else list(wanted)
     if isinstance(value, bool):  # a bool is an int in Python, but not in JSON
         return "boolean" in kinds
-    return any(isinstance(value, _JSON_TYPES.get(kind, (object,))) for kind in kinds)
+    if not any(isinstance(value, _JSON_TYPES.get(kind, (object,))) for kind in kinds):
+        return False
+    return not isinstance(value, list) or all(_matches(item, schema.get("items", True)) for item in value)
+
+
+def _wanted(schema: Any) -> str:
+    """A schema in words, for an error message."""
+    if not isinstance(schema, Mapping):
+        return "left out"
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            return " or ".join(_wanted(option) for option in schema[keyword])
+    if "enum" in schema:
+        return "one of " + ", ".join(repr(option) for option in schema["enum"])
+    kinds = schema.get("type", "another value")
+    words = kinds if isinstance(kinds, str) else " or ".join(kinds)
+    items = schema.get("items")
+    return f"{words} of {_wanted(items)}" if words == "array" and isinstance(items, Mapping) and items else words
 
 
 def _schema(hint: Any) -> dict[str, Any]:
