@@ -129,6 +129,25 @@ class Bm25Retriever:
             settings=settings,
         )
 
+    def part(self, corpus: Corpus, start: int) -> Bm25Retriever:
+        """A retriever of `corpus`, rows `start` and on of this one's; scores stay those of the whole.
+
+        So word frequencies and lengths are the whole's, and the parts' hits can be merged.
+        """
+        import numpy as np
+
+        stop = start + len(corpus)
+        kept = (self._indices >= start) & (self._indices < stop)
+        before = np.concatenate([[0], np.cumsum(kept)])
+        return Bm25Retriever(
+            corpus,
+            vocabulary=self._vocabulary,
+            data=self._data[kept],
+            indices=self._indices[kept] - np.uint32(start),
+            indptr=np.ascontiguousarray(before[self._indptr], dtype=np.int64),
+            settings=self.settings,
+        )
+
     def save(self, folder: Path) -> None:
         """Write the index into `folder`, which must exist."""
         import numpy as np

@@ -1,13 +1,14 @@
 """The passages that can be found: `Passage`, and `Corpus`, an ordered set of them with a checksum.
 
-A corpus is text alone: no index, no embedding. It is read whole into memory; a passage of 100 words costs about 1 kB.
+A corpus is text alone: no index, no embedding. It is read whole into memory; a passage of 100 words costs about 1 kB
+(`passage_store` has one that stays on disk).
 
-Two JSONL line formats are read, and may be mixed: `{"id", "title", "text"}`, and the one of Search-R1's wiki-18 dump
-(https://github.com/PeterGriffinJin/Search-R1), `{"id", "contents"}` with `contents` = `"Title"`, a newline, the text.
+JSON lines and Parquet are read, with one of two sets of fields: `id`, `title`, `text`, or those of Search-R1's wiki-18
+dump (https://github.com/PeterGriffinJin/Search-R1), `id`, `contents` with `contents` = `"Title"`, a newline, the text.
 
 Example::
 
-    corpus = Corpus.from_jsonl("wiki.jsonl")
+    corpus = Corpus.from_file("wiki.jsonl")          # or wiki.parquet
     corpus = Corpus([Passage(id="1", title="Paris", text="Paris is the capital of France.")])
     corpus[0].contents        # '"Paris"\\nParis is the capital of France.'
 """
@@ -52,28 +53,17 @@ class Corpus:
     """
 
     def __init__(self, passages: Iterable[Passage], *, source: str = "passages") -> None:
-        self._passages = tuple(passages)
+        check = CorpusCheck(source)
+        self._passages = tuple(check.passing(passages))
         self.source = source
         """Where the passages came from; for messages only."""
-        if not self._passages:
-            raise CorpusError(f"{source}: holds no passage; at least one is needed")
-        digest = hashlib.sha256()
-        seen: dict[str, int] = {}
-        for row, passage in enumerate(self._passages):
-            first = seen.setdefault(passage.id, row)
-            if first != row:
-                raise CorpusError(
-                    f"{source}: id {passage.id!r} of passage {row + 1} is that of passage {first + 1}; ids must differ"
-                )
-            try:
-                line = json.dumps([passage.id, passage.title, passage.text], ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise CorpusError(
-                    f"{source}: passage {passage.id!r} holds a lone surrogate ({error.reason}); valid Unicode is needed"
-                ) from error
-            digest.update(line + b"\n")
-        self.sha256 = digest.hexdigest()
-        """Checksum of ids, titles and texts in order: the same for both line formats."""
+        self.sha256 = check.sha256()
+        """Checksum of ids, titles and texts in order: the same for all formats."""
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Corpus:
+        """`from_parquet` for a name that ends in .parquet, else `from_jsonl`."""
+        return cls(read_passages(path), source=str(path))
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> Corpus:
@@ -82,6 +72,14 @@ class Corpus:
         Raises `CorpusError` naming file and line for a malformed line, `FileNotFoundError` for a missing file.
         """
         return cls(_read_jsonl(Path(path)), source=str(path))
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> Corpus:
+        """Read a file with the columns id, title, text, or id, contents; an id may be a string or an integer.
+
+        Raises `CorpusError` naming file and row for a wrong value, `FileNotFoundError` for a missing file.
+        """
+        return cls(_read_parquet(Path(path)), source=str(path))
 
     def __len__(self) -> int:
         return len(self._passages)
@@ -100,6 +98,74 @@ class Corpus:
         rank = np.empty(len(self), dtype=np.int64)
         rank[sorted(range(len(self)), key=lambda row: self._passages[row].id)] = np.arange(len(self))
         return rank
+
+
+class CorpusCheck:
+    """Lets passages through one by one, and sees to it that they make a corpus.
+
+    `passing` raises `CorpusError` when there is none, when an id comes twice, or when a text is not valid Unicode.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._digest = hashlib.sha256()
+
+    def passing(self, passages: Iterable[Passage]) -> Iterator[Passage]:
+        """The same passages."""
+        seen: dict[str, int] = {}
+        for row, passage in enumerate(passages):
+            first = seen.setdefault(passage.id, row)
+            if first != row:
+                raise CorpusError(
+                    f"{self._source}: id {passage.id!r} of passage {row + 1} is that of passage {first + 1}; "
+                    "ids must differ"
+                )
+            try:
+                line = json.dumps([passage.id, passage.title, passage.text], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise CorpusError(
+                    f"{self._source}: passage {passage.id!r} holds a lone surrogate ({error.reason}); "
+                    "valid Unicode is needed"
+                ) from error
+            self._digest.update(line + b"\n")
+            yield passage
+        if not seen:
+            raise CorpusError(f"{self._source}: holds no passage; at least one is needed")
+
+    def sha256(self) -> str:
+        """Of all that has passed until now."""
+        return self._digest.hexdigest()
+
+
+def read_passages(path: str | Path) -> Iterator[Passage]:
+    """The passages of a Parquet file (by its name) or a JSON-lines file, one at a time; raises as `Corpus` does."""
+    return _read_parquet(Path(path)) if Path(path).suffix == ".parquet" else _read_jsonl(Path(path))
+
+
+def _read_parquet(path: Path) -> Iterator[Passage]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = set(file.schema_arrow.names)
+            columns = ["id", "contents"] if "contents" in names else ["id", "title", "text"]
+            if not names.issuperset(columns):
+                raise CorpusError(
+                    f"{path}: the columns id, title, text (or id, contents) are needed, got {', '.join(sorted(names))}"
+                )
+            row = 0
+            for batch in file.iter_batches(columns=columns):
+                for fields in batch.to_pylist():
+                    row += 1
+                    try:
+                        yield _passage(fields)
+                    except CorpusError as error:
+                        raise CorpusError(f"{path}: row {row}: {error}") from None
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Passage]:

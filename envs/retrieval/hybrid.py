@@ -14,11 +14,17 @@ from collections.abc import Sequence
 
 from envs.retrieval.retriever import Hit, Retriever, check_k, digest
 
+RANK_CONSTANT = 60
+DEPTH = 50
+"""Hits of each retriever that are fused at least."""
+
 
 class HybridRetriever:
     """A `Retriever` made of at least one other; all must search the same passages."""
 
-    def __init__(self, retrievers: Sequence[Retriever], *, rank_constant: int = 60, depth: int = 50) -> None:
+    def __init__(
+        self, retrievers: Sequence[Retriever], *, rank_constant: int = RANK_CONSTANT, depth: int = DEPTH
+    ) -> None:
         if not retrievers:
             raise ValueError("a hybrid needs at least one retriever, got none")
         if rank_constant < 1 or depth < 1:
@@ -39,15 +45,19 @@ class HybridRetriever:
         """See `Retriever.search`; fuses the first max(k, depth) hits of each retriever."""
         check_k(k)
         rankings = [retriever.search(queries, max(k, self._depth)) for retriever in self.retrievers]
-        return [self._fuse(list(of_query), k) for of_query in zip(*rankings, strict=True)]
+        return [
+            fuse_rankings(of_query, k, rank_constant=self._rank_constant) for of_query in zip(*rankings, strict=True)
+        ]
 
-    def _fuse(self, rankings: list[list[Hit]], k: int) -> list[Hit]:
-        scores: dict[str, float] = {}
-        passages = {}
-        for ranking in rankings:
-            for rank, hit in enumerate(ranking, start=1):
-                identity = hit.passage.id
-                scores[identity] = scores.get(identity, 0.0) + 1.0 / (self._rank_constant + rank)
-                passages[identity] = hit.passage
-        best = sorted(scores, key=lambda identity: (-scores[identity], identity))[:k]
-        return [Hit(passage=passages[identity], score=scores[identity]) for identity in best]
+
+def fuse_rankings(rankings: Sequence[list[Hit]], k: int, *, rank_constant: int = RANK_CONSTANT) -> list[Hit]:
+    """The best `k` of several rankings of one query, by the sum of 1 / (rank_constant + rank)."""
+    scores: dict[str, float] = {}
+    passages = {}
+    for ranking in rankings:
+        for rank, hit in enumerate(ranking, start=1):
+            identity = hit.passage.id
+            scores[identity] = scores.get(identity, 0.0) + 1.0 / (rank_constant + rank)
+            passages[identity] = hit.passage
+    best = sorted(scores, key=lambda identity: (-scores[identity], identity))[:k]
+    return [Hit(passage=passages[identity], score=scores[identity]) for identity in best]

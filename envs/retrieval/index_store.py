@@ -22,7 +22,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -61,6 +61,8 @@ class IndexManifest:
     build_s: float
     versions: Mapping[str, str]
     """Of the libraries that built it; for the record, not compared."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else that is worth knowing of it; not compared."""
 
 
 def build_or_load(
@@ -143,6 +145,15 @@ def read_manifest(store: str | Path) -> IndexManifest | None:
         raise IndexMismatch(f"{path}: {error}") from error
 
 
+def check_files(store: Path, manifest: IndexManifest) -> None:
+    """Raise `IndexMismatch` unless every file of the store is there with its size."""
+    for name, size in manifest.files.items():
+        path = store / manifest.data / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise IndexMismatch(f"{path}: {found} bytes, the manifest has {size}: the store is damaged")
+
+
 def _from_store(
     store: Path,
     identity: dict[str, Any],
@@ -156,11 +167,12 @@ def _from_store(
     if on_mismatch not in ("rebuild", "error"):
         raise ValueError(f"on_mismatch must be 'rebuild' or 'error', got {on_mismatch!r}")
     store.mkdir(parents=True, exist_ok=True)
-    with _locked(store / ".lock", lock_timeout_s):
+    with locked(store / ".lock", lock_timeout_s):
         try:
             manifest = read_manifest(store)
             if manifest is not None:
-                _check(store, manifest, identity)
+                check_identity(store, manifest, identity)
+                check_files(store, manifest)
                 return load(store / manifest.data)
         except IndexMismatch as mismatch:
             if on_mismatch == "error":
@@ -172,44 +184,56 @@ def _from_store(
         return retriever
 
 
-def _check(store: Path, manifest: IndexManifest, identity: dict[str, Any]) -> None:
+def check_identity(store: Path, manifest: IndexManifest, identity: Mapping[str, Any]) -> None:
+    """Raise `IndexMismatch` naming the first thing that differs."""
     for name in sorted({*identity, *manifest.identity}):
         stored, needed = manifest.identity.get(name), identity.get(name)
         if stored != needed:
             raise IndexMismatch(f"{store}: the stored index has {name} {stored!r}, {needed!r} is needed")
-    for name, size in manifest.files.items():
-        path = store / manifest.data / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise IndexMismatch(f"{path}: {found} bytes, the manifest has {size}: the store is damaged")
 
 
 def _write(store: Path, identity: dict[str, Any], save: Callable[[Path], None], *, build_s: float) -> None:
+    data = new_data_folder(store)
+    save(data)
+    publish_data(store, data, identity, build_s=build_s)
+
+
+def new_data_folder(store: Path) -> Path:
+    """An empty data folder that no manifest names yet."""
     data = store / f"data-{secrets.token_hex(6)}"
     data.mkdir()
-    save(data)
-    files = sorted(path for path in data.iterdir())
-    for path in [*files, data]:
-        _sync(path)
+    return data
+
+
+def publish_data(
+    store: Path, data: Path, identity: Mapping[str, Any], *, build_s: float, facts: Mapping[str, Any] | None = None
+) -> IndexManifest:
+    """Make `data`, complete and inside `store`, the store's index in one step, and remove the former one."""
+    files = sorted(path for path in data.rglob("*") if path.is_file())
+    for path in [*files, *{path.parent for path in files}, data]:
+        sync(path)
     manifest = IndexManifest(
         format=_FORMAT,
         identity=identity,
         data=data.name,
-        files={path.name: path.stat().st_size for path in files},
+        files={str(path.relative_to(data)): path.stat().st_size for path in files},
         build_s=round(build_s, 3),
         versions=_versions(),
+        facts=facts or {},
     )
     draft = store / "manifest.json.tmp"
     draft.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     os.replace(draft, store / "manifest.json")  # from here on the new index is the store's
-    _sync(store)
+    sync(store)
     for old in store.glob("data-*"):
         if old.name != data.name:
             shutil.rmtree(old, ignore_errors=True)
+    return manifest
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the kernel write a file or folder to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -218,8 +242,9 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, timeout_s: float) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the kernel frees it when the process dies."""
+def locked(path: Path, timeout_s: float) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; the kernel frees it when the process dies. Raises `EnvError` when it waits
+    longer than `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     with path.open("a") as file:
         while True:
