@@ -22,10 +22,15 @@ from typing import Any
 from envs.answer_env import AnswerEnv
 from envs.base import Env, EnvError, Observation, StepResult, Task
 from envs.grading import grade
+from envs.mcp_tools import McpServer, McpSpec
 from envs.sandbox import DEFAULT_MODULES, Sandbox, SandboxLimits
+from envs.tools import Tool
 
 SearchFunction = Callable[[str, int], list[Any]]
 """(query, k) -> hits, best first."""
+
+
+ENV_NAMES = ("answer", "code", "search", "tool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,37 +48,71 @@ class EnvSpec:
     some 15 ms slower."""
     unsafe: bool = False
     """Run without kernel confinement where there is none; refused otherwise."""
+    mcp_servers: tuple[McpSpec, ...] = ()
+    """Servers whose tools the agent has beside web_search (envs "code" and "tool"); each host starts its own."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("code", "answer"):
-            raise ValueError(f"env {self.name!r} is unknown; there are 'answer' and 'code'")
+        if self.name not in ENV_NAMES:
+            raise ValueError(f"env {self.name!r} is unknown; there are {', '.join(ENV_NAMES)}")
+        if self.mcp_servers and self.name not in ("code", "tool"):
+            raise ValueError(f"env {self.name!r} calls no tools, so mcp_servers must be left out")
 
 
 class EnvHost:
     """Many envs of one spec in one process, by slot number. Its methods block; call them from several threads."""
 
     def __init__(self, spec: EnvSpec, search: SearchFunction | None = None) -> None:
+        if spec.name == "search" and search is None:
+            raise ValueError("env 'search' needs something to search: give it a retriever")
         self._spec = spec
         self._envs: dict[int, Env] = {}
-        self._tools = []
+        self._tools: list[Tool] = []
+        self._servers: list[McpServer] = []
         self._sandbox: Sandbox | None = None
-        if spec.name == "code":
-            if search is not None:
-                from envs.retrieval.search_tool import web_search_tool
+        if spec.name == "answer":
+            return
+        if search is not None:
+            from envs.retrieval.search_tool import web_search_tool
 
-                self._tools = [web_search_tool(search, k=spec.search_results, formatter=spec.search_format)]
-            names = [tool.name for tool in self._tools]
-            self._sandbox = Sandbox(
-                tool_names=names, modules=spec.modules, limits=spec.limits, unsafe=spec.unsafe
-            )
+            self._tools = [web_search_tool(search, k=spec.search_results, formatter=spec.search_format)]
+        try:
+            for server in spec.mcp_servers:
+                self._servers.append(McpServer.from_spec(server))
+                self._tools += self._servers[-1].tools()
+            if spec.name == "code":
+                names = [tool.name for tool in self._tools]
+                self._sandbox = Sandbox(
+                    tool_names=names, modules=spec.modules, limits=spec.limits, unsafe=spec.unsafe
+                )
+        except BaseException:
+            self.close()
+            raise
 
     def make(self) -> Env:
         """A new env that shares this host's sandbox and tools."""
-        if self._sandbox is None:
-            return AnswerEnv(grade=grade)
-        from envs.code_env import CodeEnv
+        spec = self._spec
+        if spec.name == "code":
+            from envs.code_env import CodeEnv
 
-        return CodeEnv(sandbox=self._sandbox, tools=self._tools, grade=grade, max_steps=self._spec.max_steps)
+            assert self._sandbox is not None
+            return CodeEnv(sandbox=self._sandbox, tools=self._tools, grade=grade, max_steps=spec.max_steps)
+        if spec.name == "tool":
+            from envs.tool_env import ToolEnv
+
+            limits = spec.limits
+            return ToolEnv(
+                tools=self._tools, grade=grade, max_steps=spec.max_steps,
+                tool_s=limits.tool_s, output_chars=limits.output_chars,
+            )  # fmt: skip
+        if spec.name == "search":
+            from envs.search_env import SearchEnv
+
+            [web_search] = self._tools
+            return SearchEnv(
+                search=lambda query: web_search.call([query], {}), grade=grade, max_steps=spec.max_steps,
+                search_s=spec.limits.tool_s, output_chars=spec.limits.output_chars,
+            )  # fmt: skip
+        return AnswerEnv(grade=grade)
 
     def can_preview(self) -> bool:
         return self.make().can_preview
@@ -103,6 +142,8 @@ class EnvHost:
             self.release(slot)
         if self._sandbox is not None:
             self._sandbox.close()
+        for server in self._servers:
+            server.close()
 
     def _episode(self, slot: int) -> Env:
         if slot not in self._envs:  # the host was restarted under a running episode

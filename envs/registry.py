@@ -52,6 +52,40 @@ def _code(
     return env
 
 
+def _tool(
+    *,
+    tools: Sequence[Tool],
+    max_steps: int = 5,
+    max_calls: int = 8,
+    tool_s: float = 120.0,
+    output_chars: int = 8000,
+    stateless: bool = True,
+) -> Env:
+    """JSON function calls of `tools`; see `envs.tool_env.ToolEnv`."""
+    from envs.grading import grade
+    from envs.tool_env import ToolEnv
+
+    return ToolEnv(
+        tools=tools,
+        grade=grade,
+        max_steps=max_steps,
+        max_calls=max_calls,
+        tool_s=tool_s,
+        output_chars=output_chars,
+        stateless=stateless,
+    )
+
+
+def _search(
+    *, search: Callable[[str], str], max_steps: int = 5, search_s: float = 120.0, output_chars: int = 8000
+) -> Env:
+    """Search-R1's tags over `search`; see `envs.search_env.SearchEnv`."""
+    from envs.grading import grade
+    from envs.search_env import SearchEnv
+
+    return SearchEnv(search=search, grade=grade, max_steps=max_steps, search_s=search_s, output_chars=output_chars)
+
+
 def _answer() -> Env:
     """No tools: the action is the answer."""
     from envs.answer_env import AnswerEnv
@@ -61,4 +95,6 @@ def _answer() -> Env:
 
 
 register_env("code", _code)
+register_env("tool", _tool)
+register_env("search", _search)
 register_env("answer", _answer)

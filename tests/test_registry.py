@@ -36,7 +36,7 @@ def test_a_code_env_with_a_tool_answers_and_ends():
 
 
 def test_unknown_and_taken_names_are_refused():
-    with pytest.raises(ValueError, match="env 'cod' is unknown; there are answer, code"):
+    with pytest.raises(ValueError, match="env 'cod' is unknown; there are answer, code, search, tool"):
         make_env("cod")
     with pytest.raises(ValueError, match="'code' is registered already"):
         register_env("code", lambda: AnswerEnv(grade=lambda task, answer: 0.0))
