@@ -1,8 +1,15 @@
-"""Graders: does a prediction answer a task? They never raise on what a model wrote, however odd.
+"""Graders: does a prediction answer a task? They never raise on what a model wrote, however odd, and never hang.
 
-`exact` compares as SQuAD does (case, articles, punctuation and white space aside; https://arxiv.org/abs/1606.05250)
-and takes a task's aliases; `numeric` compares as numbers within a relative tolerance of 1e-6 and falls back to
-`exact`.
+| name | what |
+|---|---|
+| `exact` | equal after SQuAD's normalisation (case, articles, punctuation, white space); a task's aliases count |
+| `f1` | overlap of words after the same normalisation, the best of answer and aliases, as HotpotQA's script counts it |
+| `numeric` | the same number: integers exactly, others within a tolerance; falls back to `exact` |
+| `math` | symbolically equal (`grading_math.py`: math-verify in a sandboxed process with a deadline) |
+| `judge` | an LLM says so (`judge.py`); needs `configure_judge` in this process first |
+
+The first three are pure functions. SQuAD: https://arxiv.org/abs/1606.05250, `evaluate-v1.1.py`. HotpotQA:
+https://arxiv.org/abs/1809.09600, `hotpot_evaluate_v1.py`.
 
 Example::
 
@@ -11,48 +18,127 @@ Example::
 
 from __future__ import annotations
 
-import math
 import re
 import string
+from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 
 from envs.base import Task
 
 Grader = Callable[[Task, str], float]
+
+INTEGER_TOLERANCE = 1e-6
+"""Relative; for an answer that is an integer and a prediction that floating point left beside it (41.9999999)."""
+NUMERIC_TOLERANCE = 1e-4
+"""Relative; for answers that are no integers, which predictions round."""
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WHOLE_ANSWERS = {"yes", "no", "noanswer"}
+_LONGEST_NUMBER_CHARS = 400
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+_FRACTION = re.compile(r"([-+]?\d{1,40})/(\d{1,40})")
+_LATEX_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{(\d{1,40})\}\{(\d{1,40})\}")
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces."""
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's `normalize_answer`."""
     text = text.lower().translate(_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact(task: Task, prediction: str) -> float:
-    wanted = {normalise(answer) for answer in (task.answer, *task.aliases)}
-    return float(normalise(prediction) in wanted)
+    return float(any(_equal(answer, prediction) for answer in (task.answer, *task.aliases)))
+
+
+def f1(task: Task, prediction: str) -> float:
+    return max(_f1(answer, prediction) for answer in (task.answer, *task.aliases))
 
 
 def numeric(task: Task, prediction: str) -> float:
-    got, wanted = _number(prediction), _number(task.answer)
-    if got is None or wanted is None:
-        return exact(task, prediction)
-    return float(math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
+    got = number(prediction)
+    for answer in (task.answer, *task.aliases):
+        wanted = number(answer)
+        if got is not None and wanted is not None and _numbers_equal(wanted, got):
+            return 1.0
+    if got is not None and number(task.answer) is not None:
+        return 0.0
+    return exact(task, prediction)
 
 
-GRADERS: dict[str, Grader] = {"exact": exact, "numeric": numeric}
+def symbolic(task: Task, prediction: str) -> float:
+    """Raises `EnvError` when the sandbox of `grading_math.py` cannot start."""
+    from envs.grading_math import shared_math_grader
+
+    grader = shared_math_grader()
+    return float(any(grader.equal(answer, prediction) for answer in (task.answer, *task.aliases)))
+
+
+def judged(task: Task, prediction: str) -> float:
+    """Raises `EnvError` when no judge is configured or its endpoint keeps failing."""
+    from envs.judge import shared_judge
+
+    return float(shared_judge().verdict(task, prediction).correct)
+
+
+GRADERS: dict[str, Grader] = {"exact": exact, "f1": f1, "numeric": numeric, "math": symbolic, "judge": judged}
 
 
 def grade(task: Task, prediction: str) -> float:
-    """Score in [0, 1] by the task's own grader. Raises `KeyError` for a grader that does not exist (checked at
-    loading)."""
+    """Score in [0, 1] by the task's own grader; safe from any thread.
+
+    Raises `KeyError` for a grader that does not exist (checked at loading), `EnvError` for our own failures (no
+    sandbox, no judge), never for a prediction.
+    """
     return GRADERS[task.grader](task, prediction)
 
 
-def _number(text: str) -> float | None:
-    cleaned = text.strip().rstrip(".").replace(",", "").replace("$", "").removesuffix("%")
-    try:
-        value = float(cleaned)
-    except ValueError:
+def number(text: str) -> Fraction | None:
+    """The value of a text that is one number: `-1,234.5`, `$3`, `12%`, `2/3`, `\\frac{2}{3}`, `6.7e-05`, `\\boxed{8}`.
+
+    Exact where it is written exactly; None for all else, infinities and NaN included.
+    """
+    if len(text) > _LONGEST_NUMBER_CHARS:
         return None
-    return value if math.isfinite(value) else None
+    cleaned = text.strip().strip("*").strip().rstrip(".").strip().strip("$").strip()
+    if cleaned.startswith("\\boxed{") and cleaned.endswith("}"):
+        cleaned = cleaned.removeprefix("\\boxed{")[:-1].strip()
+    cleaned = cleaned.replace("\\$", "").replace("$", "").replace("\\!", "").replace("\N{MINUS SIGN}", "-")
+    cleaned = cleaned.removesuffix("%").removesuffix("\\").strip()
+    cleaned = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", cleaned)
+    if not cleaned.isascii():
+        return None
+    if match := _LATEX_FRACTION.fullmatch(cleaned):
+        cleaned = f"{match[1]}{match[2]}/{match[3]}"
+    if match := _FRACTION.fullmatch(cleaned):
+        return Fraction(int(match[1]), int(match[2])) if int(match[2]) else None
+    if not _NUMBER.fullmatch(cleaned):
+        return None
+    return Fraction(cleaned)
+
+
+def _equal(answer: str, prediction: str) -> bool:
+    wanted = normalise(answer)
+    if not wanted:  # such as "A" or "+": nothing is left of it, and of many other texts
+        return " ".join(answer.split()).casefold() == " ".join(prediction.split()).casefold()
+    return normalise(prediction) == wanted
+
+
+def _f1(answer: str, prediction: str) -> float:
+    wanted, got = normalise(answer), normalise(prediction)
+    if wanted != got and (wanted in _WHOLE_ANSWERS or got in _WHOLE_ANSWERS):
+        return 0.0
+    wanted_words, got_words = wanted.split(), got.split()
+    shared = sum((Counter(wanted_words) & Counter(got_words)).values())
+    if shared == 0:
+        return float(_equal(answer, prediction))
+    return 2 * shared / (len(wanted_words) + len(got_words))
+
+
+def _numbers_equal(wanted: Fraction, got: Fraction) -> bool:
+    if wanted == got:
+        return True
+    if wanted.denominator == 1 and got.denominator == 1:
+        return False
+    tolerance = Fraction(INTEGER_TOLERANCE if wanted.denominator == 1 else NUMERIC_TOLERANCE)
+    return abs(wanted - got) <= tolerance * max(abs(wanted), abs(got))

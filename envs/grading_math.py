@@ -1,0 +1,267 @@
+"""`MathGrader`: symbolic equality of mathematical answers by math-verify, in sandboxed processes with a deadline.
+
+math-verify and sympy can hang, grow without bound and (in sympy's parser) evaluate text, and their own timeout works in
+a main thread only, while graders are called from many. So `grading_equality.py` runs inside `envs.sandbox`: model text
+reaches a process without network, files or privileges, which is killed at its limits and replaced. What a model wrote
+can make an answer wrong, never an error; only a sandbox that does not start is one (`EnvError`).
+
+It grades any text against a reference answer; choosing a grader for a task is `grading.py`'s part.
+
+Example::
+
+    with MathGrader() as grader:
+        grader.equal(r"\\frac{1}{2}", "0.5")      # True
+        grader.equal("3", "9^{9^{9^9}}")         # False, within the limit
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from envs.base import EnvError
+from envs.sandbox import Sandbox, SandboxError, SandboxLimits, Session
+
+_MODULES = ("ast", "logging", "math", "re", "typing", "sympy", "math_verify", "latex2sympy2_extended")
+_WARM_UP = (("1", "2 + x"), (r"\frac{1}{2}", "x^2 + 1"), ("x = 2", "[1, 2)"))
+_RENEW_AFTER_RUNS = 1000
+_RENEW_AFTER_S = 60.0
+"""Of work: far below the processor time that the sandbox lets one process have in its life."""
+_REMEMBERED = 4096
+_REMEMBERED_CHARS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MathSpec:
+    """Limits of a `MathGrader`; picklable."""
+
+    cpu_s: int = 5
+    """Processor time of one comparison; a comparison that needs more is a wrong answer."""
+    wall_s: float = 20.0
+    """The same on the clock, longer, so that a busy machine does not change verdicts."""
+    memory_mb: int = 512
+    processes: int = 2
+    """Comparisons at the same moment; further callers wait."""
+    wait_s: float = 300.0
+    """Longest wait for a free process."""
+    prediction_chars: int = 16_000
+    """Of a longer prediction the end is read."""
+    unsafe: bool = False
+    """Grade without kernel confinement where there is none; refused otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_s", "wall_s", "memory_mb", "processes", "wait_s", "prediction_chars"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+
+
+class MathGrader:
+    """Compares answers; call it from any thread. Starts its sandbox at the first comparison that needs one."""
+
+    def __init__(self, spec: MathSpec = MathSpec()) -> None:  # noqa: B008  (frozen)
+        self.spec = spec
+        self._program = Path(__file__).with_name("grading_equality.py").read_text(encoding="utf-8")
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(spec.processes)
+        self._sandbox: Sandbox | None = None
+        self._idle: list[_Process] = []
+        self._remembered: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        self._pid = os.getpid()
+
+    def equal(self, gold: str, prediction: str) -> bool:
+        """Whether `prediction` equals `gold` (not symmetric: the reference says in which form answers are read).
+
+        Raises `EnvError` when the sandbox cannot start or no process is free within `wait_s`.
+        """
+        prediction = prediction[-self.spec.prediction_chars :].strip()
+        gold = gold.strip()
+        if not prediction or not gold:
+            return False
+        if prediction == gold:
+            return True
+        with self._lock:
+            known = self._remembered.get((gold, prediction))
+            if known is not None:
+                self._counts["remembered"] += 1
+                return known
+        equal = self._compared(gold, prediction)
+        if len(gold) + len(prediction) <= _REMEMBERED_CHARS:
+            with self._lock:
+                self._remembered[gold, prediction] = equal
+                if len(self._remembered) > _REMEMBERED:
+                    self._remembered.popitem(last=False)
+        return equal
+
+    def stats(self) -> dict[str, int]:
+        """Since the start: comparisons, remembered, started (processes), stopped (comparisons that hit a limit), failed
+        (comparisons that raised inside)."""
+        names = ("comparisons", "remembered", "started", "stopped", "failed")
+        with self._lock:
+            return {name: self._counts[name] for name in names}
+
+    def close(self) -> None:
+        """End all processes; may be called twice. A later comparison starts them again."""
+        with self._lock:
+            sandbox, self._sandbox = self._sandbox, None
+            idle, self._idle = self._idle, []
+        if os.getpid() != self._pid:
+            return  # a fork: they belong to the parent
+        for process in idle:
+            process.session.close()
+        if sandbox is not None:
+            sandbox.close()
+
+    def __enter__(self) -> MathGrader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _compared(self, gold: str, prediction: str) -> bool:
+        if not self._slots.acquire(timeout=self.spec.wait_s):
+            raise EnvError(f"no process of the math grader became free within {self.spec.wait_s:g} s")
+        try:
+            problem: SandboxError | None = None
+            for _ in range(2):  # again when the process died of something else
+                process = self._take()
+                try:
+                    execution = process.run(f"verdict({gold!a}, {prediction!a})")
+                except SandboxError as error:
+                    process.session.close()
+                    problem = error
+                    continue
+                except BaseException:
+                    process.session.close()
+                    raise
+                self._count("comparisons")
+                if execution.limit is None:
+                    self._give_back(process)
+                    if execution.error is not None:
+                        self._count("failed")
+                    return execution.value == "True"
+                process.session.close()
+                problem = None
+                if execution.limit != "died":
+                    break
+            if problem is not None:
+                raise EnvError(f"the math grader's sandbox does not work: {problem}") from problem
+            self._count("stopped")
+            return False
+        finally:
+            self._slots.release()
+
+    def _take(self) -> _Process:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            if self._sandbox is None:
+                self._sandbox = self._start_sandbox()
+            sandbox = self._sandbox
+        try:
+            process = _Process(sandbox.start(seed=0))
+            loaded = process.run(self._program)
+            if loaded.error is not None:
+                process.session.close()
+                raise SandboxError(f"its program does not load: {loaded.error}")
+            for gold, prediction in _WARM_UP:  # the parser builds its tables as it goes
+                process.run(f"verdict({gold!a}, {prediction!a})")
+        except SandboxError as error:
+            raise EnvError(f"the math grader's sandbox does not work: {error}") from error
+        self._count("started")
+        return process
+
+    def _start_sandbox(self) -> Sandbox:
+        """Call with the lock held."""
+        spec = self.spec
+        limits = SandboxLimits(
+            wall_s=spec.wall_s,
+            cpu_s=spec.cpu_s,
+            memory_mb=spec.memory_mb,
+            output_chars=2000,
+            tool_calls=0,
+            # As Python source one character may take ten; the reference answer is ours and rarely long.
+            code_chars=10 * spec.prediction_chars + 1_000_000,
+        )
+        try:
+            return Sandbox(modules=_MODULES, limits=limits, unsafe=spec.unsafe)
+        except SandboxError as error:
+            raise EnvError(f"the math grader's sandbox does not start: {error}") from error
+
+    def _give_back(self, process: _Process) -> None:
+        if process.is_worn():
+            process.session.close()
+            return
+        with self._lock:
+            if self._sandbox is not None:
+                self._idle.append(process)
+                return
+        process.session.close()
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+
+class _Process:
+    """A session that has the program loaded, and how much it has been used."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._runs = 0
+        self._work_s = 0.0
+
+    def run(self, code: str) -> Any:
+        started = time.monotonic()
+        try:
+            return self.session.run(code, _no_tools)
+        finally:
+            self._runs += 1
+            self._work_s += time.monotonic() - started
+
+    def is_worn(self) -> bool:
+        return self._runs >= _RENEW_AFTER_RUNS or self._work_s >= _RENEW_AFTER_S
+
+
+def _no_tools(name: str, args: list, kwargs: dict[str, Any]) -> None:
+    raise AssertionError("the sandbox was made without tools")
+
+
+_shared: MathGrader | None = None
+_shared_lock = threading.Lock()
+
+
+def configure_math(spec: MathSpec) -> MathGrader:
+    """Set the grader of this process that `grading.grade` uses for the grader "math"; ends the one before."""
+    global _shared
+    with _shared_lock:
+        if _shared is not None:
+            _shared.close()
+        _shared = MathGrader(spec)
+        return _shared
+
+
+def shared_math_grader() -> MathGrader:
+    """The grader of this process, made with default limits if nobody configured one."""
+    global _shared
+    with _shared_lock:
+        if _shared is None or _shared._pid != os.getpid():  # a fork has no use for its parent's processes
+            _shared = MathGrader(_shared.spec if _shared is not None else MathSpec())
+        return _shared
+
+
+def _close_shared() -> None:
+    if _shared is not None:
+        _shared.close()
+
+
+atexit.register(_close_shared)
