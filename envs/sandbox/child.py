@@ -17,9 +17,11 @@ import io
 import json
 import os
 import random
+import select
 import signal
 import socket
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +31,17 @@ from envs.sandbox import wire
 _SHOWN_MESSAGE_CHARS = 1000
 _SHOWN_LINE_CHARS = 160
 _GRACE_REPEAT_S = 0.1
+_AT_ONCE_S = 0.001
+_SHOWN_AT_ONCE = 16
+_SHOWN_EVERY_S = 0.05
+# Kept here, so that code which changes the modules they come from does not lose its own step by it.
+_dumps, _loads, _monotonic = json.dumps, json.loads, time.monotonic
+_dup2, _exit, _fork, _close = os.dup2, os._exit, os.fork, os.close
+_signal, _setitimer, _getitimer, _mask = signal.signal, signal.setitimer, signal.getitimer, signal.pthread_sigmask
+_receive, _send, _socket = wire.receive, wire.send, socket.socket
+_every_fd = select.poll()
+for _fd in range(3, 128):
+    _every_fd.register(_fd, 0)
 
 
 class FinalAnswer(BaseException):
@@ -52,26 +65,24 @@ def serve(frames: socket.socket, *, tool_names: Sequence[str], limits: dict[str,
     interpreter = Interpreter(frames, tool_names=tool_names, limits=limits, modules=modules)
     random_state = random.Random.getstate, random.Random.setstate
     shared_random = random._inst  # type: ignore[attr-defined]
-    fork, receive, send = os.fork, wire.receive, wire.send
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while (received := receive(interpreter.frames)) is not None:
+    while (received := _receive(interpreter.frames)) is not None:
         message, fds = received
         if "run" in message:
-            send(interpreter.frames, interpreter.run(message["run"]))
+            _send(interpreter.frames, interpreter.run(message["run"], message["key"]))
         elif "fork" in message:
-            state = random_state[0](
-                shared_random
-            )  # a fork gives `random` a fresh seed: candidates must not differ by it
+            _signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+            # a fork gives `random` a fresh seed: candidates must not differ by it
+            state = random_state[0](shared_random)
             while fds:
                 fd = fds.pop()
-                if fork() == 0:
+                if _fork() == 0:
                     random_state[1](shared_random, state)
                     for other in fds:
-                        os.close(other)
+                        _close(other)
                     interpreter.move_to(fd)
-                    send(interpreter.frames, {"hello": True})
+                    _send(interpreter.frames, {"hello": True})
                     break
-                os.close(fd)
+                _close(fd)
 
 
 class Interpreter:
@@ -86,19 +97,19 @@ class Interpreter:
         self._sources: dict[str, list[str]] = {}
         self._calls = 0
         self._armed = False
+        self._key = ""
+        self._exceeded: StepLimit | None = None
         self._final: str | None = None
         self._is_final = False
         main = types.ModuleType("__main__")
         sys.modules["__main__"] = main
         self._globals = main.__dict__
-        self._globals["__builtins__"] = {**vars(builtins), "__import__": self._import}
+        self._builtins = {**vars(builtins), "__import__": self._import}
         self._given: dict[str, Any] = {name: self._tool(name) for name in tool_names}
         self._given["final_answer"] = self._final_answer
         self._given["ToolError"] = ToolError
         # for numbers of many digits, which agents print; quadratic work stays below a second
         sys.set_int_max_str_digits(100_000)
-        signal.signal(signal.SIGALRM, self._on_timer)
-        signal.signal(signal.SIGPROF, self._on_timer)
         sys.stdin = io.StringIO("")
 
     def move_to(self, fd: int) -> None:
@@ -109,22 +120,21 @@ class Interpreter:
         """
         self.frames.close()
         # family, type and protocol are given, since asking the descriptor for them is not allowed any more
-        self.frames = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+        self.frames = _socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+        not_open = {other for other, event in _every_fd.poll(0) if event & select.POLLNVAL}
         for other in range(3, 128):
-            if other != fd:
-                try:
-                    os.fstat(other)
-                except OSError:
-                    continue
-                os.dup2(0, other)
+            if other != fd and other not in not_open:
+                _dup2(0, other)
 
-    def run(self, code: str) -> dict[str, Any]:
-        """Run one step; returns the frame that tells of it."""
+    def run(self, code: str, key: str) -> dict[str, Any]:
+        """Run one step; returns the frame that tells of it. The driver takes frames with this `key` only."""
         self._steps += 1
+        self._key, self._exceeded = key, None
+        self._settle()
         filename = f"<step {self._steps}>"
         self._sources[filename] = code.splitlines()
         self._final, self._is_final = None, False
-        output = Output(self._limits["output_chars"])
+        output = Output(self._limits["output_chars"], self._show)
         sys.stdout = sys.stderr = output
         self._globals.update(self._given)  # code that assigned to a tool's name does not lose the tool
         value: str | None = None
@@ -148,6 +158,7 @@ class Interpreter:
         problem = None  # the traceback holds the frames, and they hold what the step made
         clip_chars = self._limits["output_chars"]
         return {
+            "key": key,
             "stdout": output.text(),
             "value": None if value is None else clip(value, clip_chars),
             "error": shown,
@@ -164,23 +175,44 @@ class Interpreter:
             return eval(compile(ast.Expression(last.value), filename, "eval", dont_inherit=True), self._globals)
         return None
 
+    def _settle(self) -> None:
+        """Take back what an earlier step may have left in the way of this one."""
+        _mask(signal.SIG_SETMASK, ())
+        _signal(signal.SIGALRM, self._on_timer)
+        _signal(signal.SIGPROF, self._on_timer)
+        _signal(signal.SIGCHLD, signal.SIG_IGN)
+        sys.settrace(None)
+        sys.setprofile(None)
+        self._globals["__builtins__"] = self._builtins
+        self._builtins["__import__"] = self._import
+
+    def _show(self, printed: str) -> None:
+        """Tell the driver what is printed so far: it has that if the process must be killed."""
+        armed, self._armed = self._armed, False  # half a frame would end the episode
+        try:
+            _send(self.frames, {"key": self._key, "shown": printed})
+        finally:
+            self._armed = armed
+
     # limits
 
     def _arm(self, wall_s: float, cpu_s: float) -> None:
         self._armed = True
         # The timers repeat: an exception raised inside a destructor is swallowed. The driver kills what resists them
         # all.
-        signal.setitimer(signal.ITIMER_PROF, cpu_s, _GRACE_REPEAT_S)
-        signal.setitimer(signal.ITIMER_REAL, wall_s, _GRACE_REPEAT_S)
+        _setitimer(signal.ITIMER_PROF, cpu_s, _GRACE_REPEAT_S)
+        _setitimer(signal.ITIMER_REAL, wall_s, _GRACE_REPEAT_S)
 
     def _disarm(self) -> None:
         self._armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        _setitimer(signal.ITIMER_REAL, 0)
+        _setitimer(signal.ITIMER_PROF, 0)
 
     def _on_timer(self, number: int, frame: object) -> None:
         if not self._armed:
             return
+        if self._exceeded is not None:  # the code has caught it once
+            raise self._exceeded
         if number == signal.SIGALRM:
             raise StepLimit("wall time", f"the step was stopped after {self._limits['wall_s']:g} s")
         raise StepLimit("cpu time", f"the step was stopped after {self._limits['cpu_s']} s of processor time")
@@ -203,32 +235,36 @@ class Interpreter:
 
     def _call(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
-            text = json.dumps([args, kwargs], default=_plain, allow_nan=False)
+            text = _dumps([args, kwargs], default=_plain, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"{name}() takes JSON values (str, numbers, bool, None, list, dict): {error}") from None
-        if len(text) > wire.MAX_FRAME_BYTES // 2:
+        if len(text) > wire.MAX_ARGUMENT_CHARS:
             raise TypeError(
-                f"{name}() got {len(text)} characters of arguments; at most {wire.MAX_FRAME_BYTES // 2} are allowed"
+                f"{name}() got {len(text)} characters of arguments; at most {wire.MAX_ARGUMENT_CHARS} are allowed"
             )
-        plain_args, plain_kwargs = json.loads(text)
+        plain_args, plain_kwargs = _loads(text)
         self._calls += 1
-        wall_left, _ = signal.getitimer(signal.ITIMER_REAL)
+        call = {"key": self._key, "call": self._calls, "name": name, "args": plain_args, "kwargs": plain_kwargs}
+        wall_left, _ = _getitimer(signal.ITIMER_REAL)
         armed, self._armed = self._armed, False  # the wait for a tool is not the step's time
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _setitimer(signal.ITIMER_REAL, 0)
         try:
-            wire.send(self.frames, {"call": self._calls, "name": name, "args": plain_args, "kwargs": plain_kwargs})
-            received = wire.receive(self.frames)
+            _send(self.frames, call)
+            received = _receive(self.frames)
         finally:
             self._armed = armed
             if armed:
-                signal.setitimer(signal.ITIMER_REAL, max(wall_left, 0.001), _GRACE_REPEAT_S)
+                _setitimer(signal.ITIMER_REAL, max(wall_left, _AT_ONCE_S), _GRACE_REPEAT_S)
         if received is None:
-            os._exit(0)
+            _exit(0)
         reply = received[0]
         if "value" in reply:
             return reply["value"]
         if "limit" in reply:
-            raise StepLimit(reply["limit"], reply["error"])
+            self._exceeded = StepLimit(reply["limit"], reply["error"])
+            if self._armed:  # and again, if the code catches this one
+                _setitimer(signal.ITIMER_REAL, _GRACE_REPEAT_S, _GRACE_REPEAT_S)
+            raise self._exceeded
         raise ToolError(reply["error"])
 
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
@@ -270,9 +306,16 @@ class Interpreter:
 
 
 class Output(io.TextIOBase):
-    """Where prints go: keeps the head and the tail of what was written, whatever its length."""
+    """Where prints go: keeps the head and the tail of what was written, whatever its length.
 
-    def __init__(self, limit_chars: int) -> None:
+    `show` is given all of it so far: at once for the first lines, now and then for what follows.
+    """
+
+    def __init__(self, limit_chars: int, show: Callable[[str], object]) -> None:
+        self._show = show
+        self._showing = False
+        self._shown_at_once = 0
+        self._show_next_at = _monotonic() + _SHOWN_EVERY_S
         self._half = max(1, limit_chars // 2)
         self._head: list[str] = []
         self._head_room = self._half
@@ -304,6 +347,16 @@ class Output(io.TextIOBase):
                 gone = len(self._tail.popleft())
                 self._tail_chars -= gone
                 self._dropped += gone
+        now = _monotonic()
+        at_once = self._shown_at_once < _SHOWN_AT_ONCE and text.endswith("\n")
+        if (at_once or now >= self._show_next_at) and not self._showing:
+            self._shown_at_once += at_once
+            self._show_next_at = now + _SHOWN_EVERY_S
+            self._showing = True  # what a destructor prints meanwhile must not come in between
+            try:
+                self._show(self.text())
+            finally:
+                self._showing = False
         return len(text)
 
     def text(self) -> str:

@@ -108,7 +108,9 @@ class Confinement:
         self._metering = self._allow_list = b""
         if self._arch is not None:
             self._metering = seccomp.metering_filter(self._arch)
-            self._allow_list = seccomp.allow_list_filter(self._arch, may_open=self._ruleset is not None or private_root)
+            self._allow_list = seccomp.allow_list_filter(
+                self._arch, may_open=self._ruleset is not None or private_root, may_read_links=private_root
+            )
 
     def enter(self, supervisor: socket.socket) -> dict[str, str | bool]:
         """Give everything up; the fork listener goes to `supervisor`. Returns which layers are in force.
@@ -194,6 +196,7 @@ def _drop_identity() -> str:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     prctl(_PR_SET_DUMPABLE, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: the change of user has cleared it
     return str(os.geteuid())
 
 

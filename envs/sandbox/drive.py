@@ -8,9 +8,12 @@ neither a slow tool nor half a frame of one process delays another.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
+import secrets
 import select
 import signal
 import socket
@@ -28,17 +31,20 @@ GRACE_S = 0.5
 """Code that resists its own timer for this long is killed from outside."""
 RESTARTED = "The interpreter was restarted: variables, functions and imports of earlier steps are gone."
 _READ_BYTES = 1 << 16
+_SHOWN_TIMES, _SHOWN_EVERY_S = 64, 0.02  # how often a process may tell what it has printed: at first, and then
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, line feed, carriage return
+_serial = itertools.count(1)
 _CLIP_SLACK_CHARS = 2000  # what the note of left-out characters, and an error's line, may add to a clipped text
 
 
 class Process:
     """The driver's hold on one confined process, whose id the kernel put on its first frame."""
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
+    def __init__(self, sock: socket.socket, pid: int, *, frame_bytes: int = wire.MAX_FRAME_BYTES) -> None:
         self.socket, self.pid = sock, pid
         self._pidfd = -1
         self._pidfd = os.pidfd_open(pid)
-        self._inbox = wire.Inbox()
+        self._inbox = wire.Inbox(frame_bytes)
         self._outbox = bytearray()
         self._paused = False
         sock.setblocking(False)
@@ -199,6 +205,11 @@ class _Step:
 
     def __init__(self, process: Process, code: str) -> None:
         self.process, self.code = process, code
+        # Late frames of an earlier step, and those that code writes to a descriptor that it finds, do not carry it.
+        self.key = f"{next(_serial):x}-{secrets.token_hex(8)}"
+        self.shown = ""
+        self.shown_times = 0
+        self.exceeded_at: float | None = None
         self.started = time.monotonic()
         self.cpu_start_s = process.cpu_s()
         self.waited_s = 0.0
@@ -257,7 +268,7 @@ class _Loop:
             for fd in (process.socket.fileno(), process.pidfd):
                 self._by_fd[fd] = step
                 self._poller.register(fd, select.POLLIN)
-            self._send(step, wire.encode({"run": code}))
+            self._send(step, wire.encode({"run": code, "key": step.key}))
 
     def run(self) -> list[Execution]:
         while any(step.execution is None for step in self._steps):
@@ -287,6 +298,11 @@ class _Loop:
                 if left <= 0:
                     self._kill(step, "wall time", f"the step was killed after {limits.wall_s:g} s")
                     continue
+                if step.exceeded_at is not None:
+                    left = min(left, step.exceeded_at + GRACE_S - now)
+                    if left <= 0:
+                        self._kill(step, "tool calls", self._too_many_calls())
+                        continue
             # one thread uses no more processor time than time goes by, so nothing need be looked at sooner
             cpu_left = limits.cpu_s + GRACE_S - (step.process.cpu_s() - step.cpu_start_s)
             if -math.inf < cpu_left <= 0:
@@ -319,10 +335,26 @@ class _Loop:
         for frame in frames:
             if step.execution is not None:
                 return  # nothing counts after the end of the step
-            if "call" in frame:
+            if frame.get("key") != step.key:
+                self._died(step)
+            elif "call" in frame:
                 self._on_call(step, frame)
+            elif "shown" in frame:
+                self._on_shown(step, frame["shown"])
             else:
                 self._on_done(step, frame)
+
+    def _on_shown(self, step: _Step, text: Any) -> None:
+        """What the step has printed so far."""
+        step.shown_times += 1
+        often = step.shown_times > _SHOWN_TIMES + (time.monotonic() - step.started) / _SHOWN_EVERY_S
+        if not isinstance(text, str) or often:
+            self._died(step)
+            return
+        step.shown = text[: self._limits.output_chars + _CLIP_SLACK_CHARS]
+
+    def _too_many_calls(self) -> str:
+        return f"the step made more than {self._limits.tool_calls} tool calls"
 
     def _on_call(self, step: _Step, frame: dict[str, Any]) -> None:
         name, args, kwargs = frame.get("name"), frame.get("args"), frame.get("kwargs")
@@ -336,13 +368,15 @@ class _Loop:
             self._died(step)
             return
         if len(step.calls) >= self._limits.tool_calls:
-            text = f"the step made more than {self._limits.tool_calls} tool calls"
-            self._send(step, wire.encode({"limit": "tool calls", "error": text}))
+            if step.exceeded_at is None:
+                step.exceeded_at = time.monotonic()
+            self._send(step, wire.encode({"limit": "tool calls", "error": self._too_many_calls()}))
             return
         try:
-            text = _clean(json.dumps({"args": args, "kwargs": kwargs}, ensure_ascii=False, sort_keys=True))
+            call = {"args": args, "kwargs": kwargs}
+            text = _whole(json.dumps(call, ensure_ascii=False, sort_keys=True, allow_nan=False))
             cleaned = json.loads(text)
-        except (RecursionError, ValueError):  # nested too deep
+        except (RecursionError, ValueError):  # nested too deep, or an infinite number
             self._died(step)
             return
         # The n-th equal call of one candidate is shared with the n-th of the others, never with its own: a tool that
@@ -384,6 +418,9 @@ class _Loop:
             self._died(step)
             return
         step.process.pause()
+        if step.exceeded_at is not None and limit is None:  # the code has caught that and gone on
+            limit, is_final = "tool calls", False
+            error = error or f"Stopped: {self._too_many_calls()}"
         self._finish(
             step,
             Execution(
@@ -413,7 +450,10 @@ class _Loop:
     def _kill(self, step: _Step, limit: str, what: str) -> None:
         error = f"Killed: {what}. {RESTARTED}"
         wall_s = step.wall_s(time.monotonic())
-        self._finish(step, Execution(error=error, limit=limit, tool_calls=tuple(step.calls), wall_s=wall_s))
+        calls = tuple(step.calls)
+        self._finish(
+            step, Execution(stdout=_clean(step.shown), error=error, limit=limit, tool_calls=calls, wall_s=wall_s)
+        )
         step.process.kill()
 
     def _finish(self, step: _Step, execution: Execution) -> None:
@@ -427,5 +467,9 @@ class _Loop:
 
 
 def _clean(text: str, limit_chars: int | None = None) -> str:
-    """Text that every tokenizer and file takes: no NUL, no lone surrogates, bounded."""
-    return text[:limit_chars].replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+    """Text that every tokenizer, file and terminal takes: no control characters, no lone surrogates, bounded."""
+    return _CONTROL.sub("\ufffd", _whole(text[:limit_chars]))
+
+
+def _whole(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

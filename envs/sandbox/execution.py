@@ -60,10 +60,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """What one step did. All text is clipped to `SandboxLimits.output_chars` and free of NUL and lone surrogates."""
+    """What one step did. All text is clipped to `SandboxLimits.output_chars`, without control characters and lone
+    surrogates."""
 
     stdout: str = ""
-    """What was printed, to standard error as well; lost when the process had to be killed."""
+    """What was printed, to standard error as well; when the process had to be killed, the last of it may be lost."""
     value: str | None = None
     """`str()` of the last expression's value; None if there was none or if it was None."""
     error: str | None = None

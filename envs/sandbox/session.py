@@ -38,6 +38,7 @@ from envs.sandbox.execution import DEFAULT_MODULES, CallTool, Execution, Sandbox
 MAX_CANDIDATES = wire.MAX_FDS
 _ZYGOTE_START_S = 60.0  # importing numpy and sympy from a cold disk
 _HELLO_S = 20.0
+_FORK_S, _FORK_EACH_S = 3.0, 0.2  # how long forking may take a process that may be broken, on a busy machine
 _CLOSE_S = 5.0
 # The parts of this package that the zygote needs, without the rest: importing `envs` there would load the driver's
 # side.
@@ -62,6 +63,10 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "NUMEXPR_NUM_THREADS": "1",
 }
+
+
+MUST_FAIL = ("no_network", "no_host_files", "no_writing", "no_exec", "no_signals", "no_fork")
+"""What is tried from inside before a sandbox is used; see `confine.verify`."""
 
 
 class _Refused(SandboxError):
@@ -111,6 +116,10 @@ class Sandbox:
                 self._start_zygote()
             session, self._layers = self._start(0, probe=True)
             session.close()
+            if not unsafe and (held := [name for name in MUST_FAIL if self._layers.get(name) is not True]):
+                raise SandboxError(
+                    f"the confinement does not hold here: {', '.join(held)} (see report); unsafe=True would go on"
+                )
         except BaseException:
             self.close()
             raise
@@ -198,11 +207,14 @@ class Sandbox:
             pid, hello = drive.greet(frames, time.monotonic() + _HELLO_S)
             if "failed" in hello:  # its last words: it may have ended by now
                 raise _Refused(str(hello["failed"]))
-            return drive.Process(frames, pid), hello, control
+            return self._process(frames, pid), hello, control
         except BaseException:
             control.close()
             frames.close()
             raise
+
+    def _process(self, frames: socket.socket, pid: int) -> drive.Process:
+        return drive.Process(frames, pid, frame_bytes=wire.confined_frame_bytes(self.limits.output_chars))
 
     def _start_zygote(self) -> None:
         """Call with the lock held."""
@@ -267,6 +279,7 @@ class Session:
         self._fork_of: list[int] = []  # index of a previewed code -> index of its fork, -1 for one that was not run
         self._lost: str | None = None
         self._closed = False
+        self._touched = False  # whether code has run in the holder: it is then not to be believed
 
     def run(self, code: str, call_tool: CallTool) -> Execution:
         """Run one step in place. A step that had to be killed loses the state, and says so in its `error`.
@@ -277,6 +290,7 @@ class Session:
         if (refused := self._refuse(code)) is not None:
             return refused
         holder = self._living_holder()
+        self._touched = True
         try:
             (execution,) = self._run_steps([holder], [code], call_tool)
         except BaseException:
@@ -309,7 +323,17 @@ class Session:
         if len(runnable) > MAX_CANDIDATES:
             raise ValueError(f"{len(runnable)} different candidates at once; at most {MAX_CANDIDATES}")
         holder = self._living_holder()
-        forks = self._fork(holder, len(runnable)) if runnable else []
+        try:
+            forks = self._fork(holder, len(runnable)) if runnable else []
+        except SandboxError:
+            self._shut()
+            if not self._touched:
+                raise
+            # Code of an earlier step has broken the interpreter, or ended it: the agent is told, as after a step.
+            broken = Execution(error=f"Killed: the interpreter does not answer. {drive.RESTARTED}", limit="died")
+            self._executions = [refusals.get(index, broken) for index in range(len(codes))]
+            self._fork_of = [-1] * len(codes)
+            return list(self._executions)
         try:
             done = self._run_steps(forks, runnable, call_tool)
         except BaseException:
@@ -336,6 +360,7 @@ class Session:
             if self._holder is not None:
                 self._holder.kill()
             self._holder = chosen
+            self._touched = True
             if chosen.ended:
                 self._shut()
         self._drop_candidates()
@@ -374,10 +399,14 @@ class Session:
         self._check_open()
         if self._holder is None:
             self._holder, _, self._control = self._sandbox._begin_episode(self._seed)
+            self._touched = False
         return self._holder
 
     def _fork(self, holder: drive.Process, count: int) -> list[drive.Process]:
-        """Fork the state. The keeper lets exactly `count` forks through, before any candidate's code runs."""
+        """Fork the state. The keeper lets exactly `count` forks through, before any candidate's code runs.
+
+        Raises `SandboxError` when the holder does not do it; the state is then of no more use.
+        """
         ours: list[socket.socket] = []
         theirs: list[socket.socket] = []
         forks: list[drive.Process] = []
@@ -392,19 +421,17 @@ class Session:
             wire.send(holder.socket, {"fork": count}, [sock.fileno() for sock in theirs])
             for far in theirs:
                 far.close()
-            deadline = time.monotonic() + _HELLO_S
+            deadline = time.monotonic() + _FORK_S + _FORK_EACH_S * count
             for sock in ours:
                 pid, _ = drive.greet(sock, deadline)
                 if pid == holder.pid or any(pid == fork.pid for fork in forks):
                     raise SandboxError("the state holder answered for its own forks")
-                forks.append(drive.Process(sock, pid))
+                forks.append(self._sandbox._process(sock, pid))
             self._control.send(bytes([0]))
             holder.pause()
         except (OSError, SandboxError) as error:
             for process in (*forks, *ours, *theirs):
                 process.kill() if isinstance(process, drive.Process) else process.close()
-            self._lost = f"it could not be forked: {error}"
-            self._shut()
             raise SandboxError(f"the session's state could not be forked: {error}") from error
         return forks
 

@@ -17,6 +17,8 @@ MAX_FRAME_BYTES = 4 << 20
 """Longest frame in either direction."""
 MAX_FDS = 64
 """Most descriptors that travel with one frame."""
+MAX_ARGUMENT_CHARS = 1 << 19
+"""Longest JSON text of one tool call's arguments."""
 _HEADER = struct.Struct(">I")
 _encode_json = json.JSONEncoder(allow_nan=True).encode
 _decode_json = json.JSONDecoder().decode
@@ -32,6 +34,11 @@ def encode(message: Any) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise WireError(f"a frame of {len(body)} bytes is longer than {MAX_FRAME_BYTES}")
     return _HEADER.pack(len(body)) + body
+
+
+def confined_frame_bytes(output_chars: int) -> int:
+    """Longest frame that a confined process has reason to send: three texts in ASCII JSON, or a tool's arguments."""
+    return (1 << 20) + 50 * output_chars
 
 
 def _reject(constant: str) -> Any:
@@ -53,23 +60,29 @@ def decode_untrusted(body: bytes) -> dict[str, Any]:
 
 
 class Inbox:
-    """Puts frames together from pieces, so that half a frame of one sender never delays another."""
+    """Puts frames together from pieces, so that half a frame of one sender never delays another.
 
-    def __init__(self) -> None:
+    No frame may be longer than `limit_bytes`: parsed JSON takes many times the memory of its text.
+    """
+
+    def __init__(self, limit_bytes: int = MAX_FRAME_BYTES) -> None:
         self._data = bytearray()
+        self._limit_bytes = min(limit_bytes, MAX_FRAME_BYTES)
 
     def feed(self, piece: bytes) -> list[dict[str, Any]]:
         """Add what was received; returns the frames that are now whole. Raises `WireError`."""
         self._data += piece
         frames = []
-        while len(self._data) >= 4:
-            (length,) = _HEADER.unpack_from(self._data)
-            if length > MAX_FRAME_BYTES:
-                raise WireError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
-            if len(self._data) < 4 + length:
+        at = 0
+        while len(self._data) >= at + 4:
+            (length,) = _HEADER.unpack_from(self._data, at)
+            if length > self._limit_bytes:
+                raise WireError(f"a frame of {length} bytes is longer than {self._limit_bytes}")
+            if len(self._data) < at + 4 + length:
                 break
-            frames.append(decode_untrusted(bytes(self._data[4 : 4 + length])))
-            del self._data[: 4 + length]
+            frames.append(decode_untrusted(bytes(self._data[at + 4 : at + 4 + length])))
+            at += 4 + length
+        del self._data[:at]
         return frames
 
 

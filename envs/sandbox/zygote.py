@@ -14,6 +14,7 @@ The driver starts it as `python -s -P -S -B -c BOOT <fd>`; see `session.py`. Not
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import os
@@ -29,6 +30,7 @@ from envs.sandbox import confine, namespaces, seccomp, wire
 
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache")
 _LISTENER_WAIT_S = 10.0
+_HUGE_BYTES, _MADV_COLLAPSE = 2 << 20, 25
 
 
 def main() -> None:
@@ -62,10 +64,14 @@ class Zygote:
             raise RuntimeError(
                 f"loading {config['modules']} started {threads - 1} threads; a process with threads cannot be forked"
             )
+        gc.collect()
+        _use_huge_pages()
         address_space_bytes = confine.own_address_space() + (limits["memory_mb"] << 20)
         visible = _visible(config["paths"])
         private_root = bool(self._layers["mount_namespace"]) and namespaces.enter_private_root(visible)
         self._layers["private_root"] = private_root
+        if self._layers["uts_namespace"]:
+            socket.sethostname("sandbox")
         self._scratch = None
         if not private_root:
             self._scratch = tempfile.mkdtemp(prefix="sandbox-")
@@ -197,6 +203,24 @@ def _load(modules: list[str]) -> None:
             importlib.import_module(name)
     for name in ("encodings.idna", "unicodedata", "linecache", "traceback", "envs.sandbox.child"):
         importlib.import_module(name)
+
+
+def _use_huge_pages() -> None:
+    """Put what is loaded on huge pages: a fork then copies, and an exit frees, a few entries instead of thousands.
+
+    Works on what this process holds now, whatever the machine's setting. Kernels before 6.1 refuse it; nothing is lost.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        with open("/proc/self/maps") as file:
+            regions = [line.split() for line in file]
+    except OSError:
+        return
+    for span, rights, *rest in regions:
+        if rights == "rw-p" and (len(rest) == 3 or rest[3] == "[heap]"):  # anonymous
+            start, end = (int(address, 16) for address in span.split("-"))
+            for address in range(-(-start // _HUGE_BYTES) * _HUGE_BYTES, end - _HUGE_BYTES + 1, _HUGE_BYTES):
+                libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(_HUGE_BYTES), _MADV_COLLAPSE)
 
 
 def _visible(paths: list[str]) -> list[str]:
