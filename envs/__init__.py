@@ -11,7 +11,7 @@ Example::
 
 from envs.base import Env, EnvError, Observation, ObservationKind, StepResult, Task
 from envs.check import check_env
-from envs.registry import make_env, register_env
+from envs.registry import env_factory, make_env, register_env
 from envs.tools import Tool, ToolError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Tool",
     "ToolError",
     "check_env",
+    "env_factory",
     "make_env",
     "register_env",
 ]

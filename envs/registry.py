@@ -1,4 +1,4 @@
-"""Envs by name: `make_env` for a bare script, `register_env` for an env of your own.
+"""Envs by name: `make_env` for a bare script, `env_factory` for many of a kind, `register_env` for one of your own.
 
 Example::
 
@@ -10,6 +10,7 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,19 +38,54 @@ def make_env(name: str, **settings: Any) -> Env:
     return _FACTORIES[name](**settings)
 
 
-def _code(
-    *, tools: Sequence[Tool] = (), max_steps: int = 5, limits: SandboxLimits | None = None, unsafe: bool = False
-) -> Env:
-    """Python with `tools`, in a sandbox of its own that ends with the env."""
-    from envs.code_env import CodeEnv
-    from envs.grading import grade
-    from envs.sandbox import Sandbox, SandboxLimits
+def env_factory(name: str, **settings: Any) -> Callable[[], Env]:
+    """Makes envs of one kind that share what they can: "code" envs share a sandbox, which ends with the last of them
+    and the factory. Raises `ValueError` for an unknown name."""
+    if name == "code":
+        return _CodeEnvs(**settings)
+    if name not in _FACTORIES:
+        raise ValueError(f"env {name!r} is unknown; there are {', '.join(sorted(_FACTORIES))}")
+    return functools.partial(make_env, name, **settings)
 
-    names = [tool.name for tool in tools]
-    sandbox = Sandbox(tool_names=names, limits=limits or SandboxLimits(), unsafe=unsafe)
-    env = CodeEnv(sandbox=sandbox, tools=tools, grade=grade, max_steps=max_steps)
-    weakref.finalize(env, sandbox.close)
-    return env
+
+class _CodeEnvs:
+    """Python with `tools`, in one sandbox; `modules` are what code may import."""
+
+    def __init__(
+        self,
+        *,
+        tools: Sequence[Tool] = (),
+        max_steps: int = 5,
+        limits: SandboxLimits | None = None,
+        modules: Sequence[str] | None = None,
+        unsafe: bool = False,
+    ) -> None:
+        from envs.sandbox import DEFAULT_MODULES, Sandbox, SandboxLimits
+
+        self._tools, self._max_steps = tools, max_steps
+        self._sandbox = Sandbox(
+            tool_names=[tool.name for tool in tools],
+            limits=limits or SandboxLimits(),
+            modules=DEFAULT_MODULES if modules is None else modules,
+            unsafe=unsafe,
+        )
+        weakref.finalize(self, self._sandbox.close)
+
+    def __call__(self) -> Env:
+        from envs.code_env import CodeEnv
+        from envs.grading import grade
+
+        env = CodeEnv(sandbox=self._sandbox, tools=self._tools, grade=grade, max_steps=self._max_steps)
+        weakref.finalize(env, _let_go, self)  # holds on to the sandbox as long as the env lives
+        return env
+
+
+def _let_go(kept: object) -> None:
+    """`kept` was an argument until now, and so alive."""
+
+
+def _code(**settings: Any) -> Env:
+    return _CodeEnvs(**settings)()
 
 
 def _tool(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from envs import make_env, register_env
+from envs import env_factory, make_env, register_env
 from envs.answer_env import AnswerEnv
 from envs.base import Task
 from envs.tools import Tool
@@ -47,3 +47,24 @@ def test_importing_envs_is_light():
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=30)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_envs_of_a_factory_share_a_sandbox_that_ends_with_the_last():
+    factory = env_factory("code", modules=["math"])
+    one: Any = factory()
+    two: Any = factory()
+    zygote = one._sandbox.zygote_pid
+    assert two._sandbox.zygote_pid == zygote
+    del factory, one
+    gc.collect()
+    two.reset(TASK, seed=0)
+    assert two.step("import math\nmath.floor(42.5)").observation.text.endswith("42")
+    two.close()
+    del two
+    gc.collect()
+    assert not Path(f"/proc/{zygote}").exists()
+
+
+def test_unknown_factory_is_refused():
+    with pytest.raises(ValueError, match="env 'cod' is unknown"):
+        env_factory("cod")
