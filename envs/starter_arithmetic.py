@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 ITEMS = "coins stamps books apples bricks marbles bottles tickets shells cards boxes seeds pens nails".split()
 OPENINGS = (
-    "{name} has {n} {items}.",
+    "{name} has {n} {items} at home.",
     "There are {n} {items} in the store of {name}.",
-    "{name} starts the year with {n} {items}.",
-    "A warehouse run by {name} holds {n} {items}.",
+    "{name} starts the year with {n} {items} in a safe.",
+    "A warehouse run by {name} holds {n} {items} on its shelves.",
 )
 QUESTIONS = (
     "How many {items} does {name} have now?",
@@ -33,14 +33,15 @@ class Clause:
     template: str
 
 
+# No two of them end alike, and none stands twice in a problem: how a sentence ends tells which one it was.
 CLAUSES = (
-    Clause("+", "{name} buys {n} more {items}."),
-    Clause("+", "A friend gives {name} {n} extra {items}."),
+    Clause("+", "{name} buys {n} more {items} at the market."),
+    Clause("+", "A friend gives {name} {n} extra {items} as a present."),
     Clause("+", "Then {n} {items} arrive by post."),
-    Clause("+", "{name} finds another {n} {items}."),
-    Clause("-", "{name} sells {n} {items}."),
+    Clause("+", "{name} finds another {n} {items} in the garden."),
+    Clause("-", "{name} sells {n} {items} to a neighbor."),
     Clause("-", "After that {n} {items} are lost."),
-    Clause("-", "{name} gives away {n} {items}."),
+    Clause("-", "{name} gives away {n} {items} to a school."),
     Clause("-", "Then {n} {items} get damaged and are thrown out."),
     Clause("*", "The number of {items} then grows to {n} times as many."),
     Clause("*", "{name} repeats this collection {n} times in total."),
@@ -52,7 +53,7 @@ CLAUSES = (
 # Which combinations are unseen is part of the world, not of a run: the same for every seed.
 UNSEEN_PAIRS = frozenset(
     random.Random("unseen clause pairs").sample(
-        [(i, j) for i in range(len(CLAUSES)) for j in range(len(CLAUSES))], len(CLAUSES) ** 2 // 5
+        [(i, j) for i in range(len(CLAUSES)) for j in range(len(CLAUSES)) if i != j], len(CLAUSES) ** 2 // 5
     )
 )
 _DIGITS = {"+": (2, 5), "-": (2, 5), "*": (1, 2), "//": (1, 3), "%": (2, 3)}
@@ -75,6 +76,8 @@ class Problem:
     start: int
     changes: tuple[tuple[str, int], ...]
     """(operator, number) of each clause."""
+    ask: str
+    """The question at the end."""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -99,7 +102,7 @@ def make_problem(rng: random.Random, names: list[str], *, split: str, unseen: bo
     """A question of `split` ("train" or "test") and its problem; `unseen`: with a pair of clauses never trained on."""
     while True:
         lengths = (1, 2, 2, 3, 3) if split == "train" else (2, 2, 3)
-        chosen = [rng.randrange(len(CLAUSES)) for _ in range(rng.choice(lengths))]
+        chosen = rng.sample(range(len(CLAUSES)), rng.choice(lengths))
         if any(pair in UNSEEN_PAIRS for pair in zip(chosen, chosen[1:], strict=False)) != unseen:
             continue
         name, items = rng.choice(names), rng.choice(ITEMS)
@@ -109,16 +112,16 @@ def make_problem(rng: random.Random, names: list[str], *, split: str, unseen: bo
         sentences += [
             CLAUSES[i].template.format(name=name, n=n, items=items) for i, (_, n) in zip(chosen, changes, strict=True)
         ]
-        problem = Problem(items, tuple(sentences), start, tuple(changes))
+        ask = rng.choice(QUESTIONS).format(name=name, items=items)
+        problem = Problem(items, tuple(sentences), start, tuple(changes), ask)
         if min(problem.amounts) <= 1 or held_out(problem.numbers) != (split == "test"):
             continue
-        question = rng.choice(QUESTIONS).format(name=name, items=items)
-        return " ".join([*sentences, question]), problem
+        return " ".join([*sentences, ask]), problem
 
 
 def read_problem(question: str) -> Problem | None:
     """Understands the text of a word problem; None when it is none. This is how the built-in expert sees it."""
-    *sentences, _ask = re.split(r"(?<=[.?]) ", question)
+    *sentences, ask = re.split(r"(?<=[.?]) ", question)
     if not sentences:
         return None
     opening = _match_any(OPENINGS, sentences[0])
@@ -133,7 +136,7 @@ def read_problem(question: str) -> Problem | None:
                 break
         else:
             return None
-    return Problem(opening["items"], tuple(sentences), int(opening["n"]), tuple(changes)) if changes else None
+    return Problem(opening["items"], tuple(sentences), int(opening["n"]), tuple(changes), ask) if changes else None
 
 
 def _number(rng: random.Random, fewest_digits: int, most_digits: int) -> int:

@@ -187,6 +187,8 @@ class TwoHop:
     second: Relation
     asked: str
     """The question about the second hop alone, X for who or what it is about: "In which city was X born?"."""
+    middle: str
+    """Who or what X is, in the question's words: "the author of The Silver Harbor"."""
 
 
 def make_two_hop(rng: random.Random, world: Encyclopedia, *, split: str, unseen: bool) -> tuple[str, TwoHop, str]:
@@ -202,8 +204,9 @@ def make_two_hop(rng: random.Random, world: Encyclopedia, *, split: str, unseen:
         if not touches_held_out:
             continue
         asked = rng.choice(second.phrases)
-        question = asked.format(x=rng.choice(first.phrases).format(x=entity))
-        return question, TwoHop(entity, first, second, asked.format(x="X")), world.entities[bridge].facts[second.name]
+        middle = rng.choice(first.phrases).format(x=entity)
+        hops = TwoHop(entity, first, second, asked.format(x="X"), middle)
+        return asked.format(x=middle), hops, world.entities[bridge].facts[second.name]
 
 
 def read_two_hop(question: str) -> TwoHop | None:
@@ -218,7 +221,7 @@ def read_two_hop(question: str) -> TwoHop | None:
                     # "the mayor of the city {x}" also fits "the mayor of {x}": the longest phrase leaves the shortest
                     # name.
                     if best is None or len(entity) < len(best.entity):
-                        best = TwoHop(entity, first, second, asked.format(x="X"))
+                        best = TwoHop(entity, first, second, asked.format(x="X"), middle)
     return best
 
 

@@ -5,9 +5,9 @@ the starter world's grammar, writes Thought / Code turns in the paper's format, 
 step out of the observations. Where an observation does not hold what it looks for, it fails like any teacher would.
 
 Its style decides how fast a small student learns, as it turns each alignment over the whole question into a local one.
-The sentences of a word problem are first copied one after the other and numbered; each is then quoted by its number as
-a comment above the line of code that serves it. For a two-hop question the second hop is asked of an X, and named,
-before the first one comes in, so that its name follows from those words alone.
+Each sentence of a word problem is quoted as a comment above the line of code that serves it, and the quotation begins
+at the number that the line before has used: that number says where to go on. For a two-hop question the second hop is
+asked of an X and named, then X is quoted and named, so that each name follows from the words just before it.
 
 Asked with the chain-of-thought prompt it reasons in words; for the two-hop questions it then relies on facts that it
 knows by heart (`known_facts`), as a large model would.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from envs.starter_arithmetic import Problem, read_problem
 from envs.starter_two_hop import TwoHop, read_page, read_two_hop
@@ -69,9 +70,11 @@ def _act_arithmetic(problem: Problem, observations: list[str]) -> str:
     if observations:
         return _turn_text("I have the result.", "final_answer(x)")
     changes = [f"x = {problem.start}", *(f"x = x {operator} {n}" for operator, n in problem.changes)]
-    numbered = [f"{i}) {sentence}" for i, sentence in enumerate(problem.sentences, 1)]
-    lines = [line for sentence, change in zip(numbered, changes, strict=True) for line in (f"# {sentence}", change)]
-    return _turn_text(" ".join(numbered), "\n".join([*lines, "print(x)"]))
+    lines = [f"# {problem.sentences[0]}", changes[0]]
+    told = pairwise([*problem.sentences, problem.ask])
+    for (before, after), number, change in zip(told, problem.numbers, [*changes[1:], "print(x)"], strict=True):
+        lines += [f"# {before[before.index(str(number)) :]} {after}", change]
+    return _turn_text(f"Apply each change to the {problem.items} in order.", "\n".join(lines))
 
 
 def _reason_arithmetic(problem: Problem) -> str:
@@ -85,7 +88,7 @@ def _reason_arithmetic(problem: Problem) -> str:
 
 def _act_two_hop(hops: TwoHop, observations: list[str]) -> str:
     if not observations:
-        plan = f"{hops.asked} I want the {hops.second.label}. First find the {hops.first.label} of {hops.entity}."
+        plan = f"{hops.asked} I want the {hops.second.label}. X is {hops.middle}. Find the {hops.first.label}."
         return _search(plan, hops.entity)
     bridge = _found(observations[0], hops.entity, hops.first.name)
     if bridge is None:
