@@ -101,7 +101,8 @@ def test_it_gives_up_when_the_search_does_not_tell(world):
 
 
 def test_it_continues_a_prefix():
-    question = Message(role="user", content="Nia has 500 pens at home. Then 20 pens arrive by post. How many pens are there at the end?")
+    problem = "Nia has 500 pens at home. Then 20 pens arrive by post. How many pens are there at the end?"
+    question = Message(role="user", content=problem)
     text = say(SYSTEM, question, prefix="Thought: Let me think differently.")
     assert text.startswith("Thought: Let me think differently.\nCode:\n```py\n# Nia has 500 pens at home.\nx = 500\n")
     assert text.endswith("```<end_code>")
