@@ -214,6 +214,8 @@ def test_final_answer_is_turned_into_text_inside(session: Session):
 def test_text_is_clean_for_tokenizers_and_files(session: Session):
     execution = run(session, "print('a\\0b\\ud800c')")
     assert execution.stdout.encode("utf-8") and "\0" not in execution.stdout
+    terminal = run(session, "print('\\x1b[2Ja\\tb\\x9b1m\\b')")
+    assert terminal.stdout == "\ufffd[2Ja\tb\ufffd1m\ufffd\n"
 
 
 def test_same_seed_gives_the_same_random_numbers(sandbox: Sandbox):
@@ -222,6 +224,18 @@ def test_same_seed_gives_the_same_random_numbers(sandbox: Sandbox):
             return run(session, "import random\n[random.random(), {'a', 'b', 'c'}]").value
 
     assert draw(5) == draw(5) != draw(6)
+
+
+def test_generator_without_a_seed_follows_the_episodes():
+    with Sandbox(modules=["numpy"]) as sandbox:
+
+        def draw(seed: int) -> str | None:
+            with sandbox.start(seed) as session:
+                return run(session, "import numpy as np\n[float(np.random.default_rng().random()) for _ in '12']").value
+
+        assert draw(5) == draw(5) != draw(6)
+        first, second = str(draw(5)).strip("[]").split(", ")
+        assert first != second
 
 
 # tools
@@ -315,6 +329,26 @@ def test_code_that_resists_is_killed_and_told_that_the_state_is_gone(session: Se
     assert run(session, "1 + 1").value == "2"
 
 
+def test_output_of_a_killed_step_is_kept(session: Session):
+    execution = run(session, "print('one')\nprint('two', end='\\n')\nsum(range(10 ** 12))")
+    assert (execution.limit, execution.stdout) == ("wall time", "one\ntwo\n")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "class A:\n    def __del__(self):\n        while True: pass\na = A()\ndel a",
+        "try:\n    while True: pass\nexcept BaseException: pass",
+        "try:\n    while True: pass\nexcept BaseException: final_answer('late')",
+        "try:\n    while True: pass\nexcept BaseException: raise ValueError",
+    ],
+)
+def test_limit_that_the_code_caught_is_told_all_the_same(session: Session, code: str):
+    execution = run(session, code)
+    assert (execution.limit, execution.is_final) == ("wall time", False)
+    assert "stopped after 0.5 s" in str(execution.error)
+
+
 def test_cpu_time():
     with (
         Sandbox(modules=["math"], limits=SandboxLimits(wall_s=20, cpu_s=1)) as sandbox,
@@ -337,6 +371,13 @@ def test_number_of_tool_calls(session: Session):
     execution = run(session, "for i in range(9):\n    n = i\n    search(i)", echo)
     assert execution.limit == "tool calls" and len(execution.tool_calls) == 4
     assert run(session, "n").value == "4"
+
+
+def test_number_of_tool_calls_when_the_code_catches_it(session: Session):
+    execution = run(session, "for i in range(9):\n    try: search(i)\n    except: pass\nfinal_answer(1)", echo)
+    assert (execution.limit, execution.is_final, len(execution.tool_calls)) == ("tool calls", False, 4)
+    execution = run(session, "while True:\n    try: search(1)\n    except: pass", echo)
+    assert execution.limit == "tool calls" and "The interpreter was restarted" in str(execution.error)
 
 
 def test_length_of_the_code(session: Session):
@@ -435,6 +476,45 @@ def test_commit_of_a_killed_candidate_starts_afresh_as_a_step_would(session: Ses
     (seen,) = session.preview(["sum(range(10 ** 12))"], no_tools)
     assert session.commit(0) == seen and "The interpreter was restarted" in str(seen.error)
     assert str(run(session, "x").error).startswith("NameError")
+
+
+@pytest.mark.parametrize(
+    "breakage", ["._fork = lambda: os._exit(0)", "._receive = lambda *_: None", ".Interpreter.move_to = None"]
+)
+def test_state_that_cannot_be_forked_is_an_observation(session: Session, breakage: str):
+    run(session, f"import os, sys\nx = 1\nsys.modules['envs.sandbox.child']{breakage}")
+    seen = session.preview(["x", "x + 1"], no_tools)
+    assert [execution.limit for execution in seen] == ["died", "died"]
+    assert "The interpreter was restarted" in str(seen[0].error)
+    assert session.commit(0) == seen[0]
+    assert [execution.value for execution in session.preview(["1", "2"], no_tools)] == ["1", "2"]
+
+
+def test_candidates_share_no_memory(session: Session):
+    """Shared memory that was made before the fork would join them."""
+    run(session, "import ctypes, mmap, time\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p")
+    run(session, "page = libc.mmap(None, 4096, 1, 0x21, -1, 0)\npage = -1 if page == 2 ** 64 - 1 else page")
+    assert run(session, "page").value == "-1"
+    assert "PermissionError" in str(run(session, "mmap.mmap(-1, 4096)").error)
+
+
+def test_previews_leave_no_zombies(sandbox: Sandbox, session: Session):
+    def zombies() -> int:
+        found = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            except OSError:  # ended meanwhile
+                continue
+            found += state == "Z" and int(parent) in below
+        return found
+
+    assert sandbox.zygote_pid is not None
+    for _ in range(3):
+        session.preview(["1", "2", "import os; os._exit(1)"], no_tools)
+    below = descendants(sandbox.zygote_pid) | {sandbox.zygote_pid}
+    session._drop_candidates()
+    assert wait_until(lambda: zombies() == 0)
 
 
 def test_long_chain_of_commits(session: Session):
@@ -706,6 +786,13 @@ CALLS = [  # (x86_64, aarch64), arguments, decision
     ((9, 222), (0, 4096, 5, 0x22), "Operation not permitted"),
     ((9, 222), (0, 4096, 3, 0x21), "Operation not permitted"),  # shared and writable
     ((9, 222), (0, 4096, 1, 0x01), "allow"),  # shared, only to read
+    ((9, 222), (0, 4096, 1, 0x21), "Operation not permitted"),  # shared and anonymous: could be made writable later
+    ((9, 222), (0, 4096, 3, 0x40022), "Operation not permitted"),  # the machine's huge pages
+    ((228, 113), (1,), "allow"),  # clock_gettime
+    ((228, 113), (0xFFFFFFC6,), "Operation not permitted"),  # of another process
+    ((124, 156), (0,), "allow"),  # getsid
+    ((124, 156), (7,), "Operation not permitted"),
+    ((267, 78), (), "allow"),  # readlinkat
     ((10, 226), (0, 4096, 3), "allow"),  # mprotect
     ((10, 226), (0, 4096, 5), "Operation not permitted"),
     ((72, 25), (3, 1), "allow"),  # fcntl(F_GETFD)
@@ -732,6 +819,8 @@ def test_filter_decides_as_it_should(arch: str, audit: int):
     assert decide(program, 0x40000003, 0) == "kill"  # another architecture's call
     closed = seccomp.allow_list_filter(arch, may_open=False)
     assert decide(closed, audit, CALLS[6][0][arch == "aarch64"], 0, 0, 0) == "Permission denied"
+    hosts_root = seccomp.allow_list_filter(arch, may_open=True, may_read_links=False)
+    assert decide(hosts_root, audit, (267, 78)[arch == "aarch64"]) == "Permission denied"
     metering = seccomp.metering_filter(arch)
     assert decide(metering, audit, CALLS[-3][0][arch == "aarch64"], 0x11) == "notify"
     assert decide(metering, audit, 0) == "allow"

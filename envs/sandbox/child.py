@@ -39,6 +39,9 @@ _dumps, _loads, _monotonic = json.dumps, json.loads, time.monotonic
 _dup2, _exit, _fork, _close = os.dup2, os._exit, os.fork, os.close
 _signal, _setitimer, _getitimer, _mask = signal.signal, signal.setitimer, signal.getitimer, signal.pthread_sigmask
 _receive, _send, _socket = wire.receive, wire.send, socket.socket
+_compile, _exec, _eval = compile, exec, eval
+# Exact text of a subclass of str, and the true name of a type, whatever the code has defined over them.
+_exact, _name_of_type = str.__str__, type.__dict__["__name__"].__get__
 _every_fd = select.poll()
 for _fd in range(3, 128):
     _every_fd.register(_fd, 0)
@@ -98,7 +101,7 @@ class Interpreter:
         self._calls = 0
         self._armed = False
         self._key = ""
-        self._exceeded: StepLimit | None = None
+        self._exceeded: tuple[str, str] | None = None  # name and message of the limit that this step has met
         self._final: str | None = None
         self._is_final = False
         main = types.ModuleType("__main__")
@@ -143,7 +146,7 @@ class Interpreter:
             self._arm(self._limits["wall_s"], self._limits["cpu_s"])
             try:
                 result = self._execute(code, filename)
-                value = None if result is None else str(result)
+                value = None if result is None else _exact(str(result))
                 del result
             finally:
                 self._disarm()
@@ -151,6 +154,8 @@ class Interpreter:
             pass
         except BaseException as error:
             problem = error
+        if self._exceeded is not None and not isinstance(problem, StepLimit):
+            problem = StepLimit(*self._exceeded)  # the code, or a destructor, has caught it
         limit = (
             problem.name if isinstance(problem, StepLimit) else "memory" if isinstance(problem, MemoryError) else None
         )
@@ -168,11 +173,11 @@ class Interpreter:
         }
 
     def _execute(self, code: str, filename: str) -> Any:
-        tree = ast.parse(code, filename)
+        tree: Any = _compile(code, filename, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, filename, "exec", dont_inherit=True), self._globals)
+        _exec(_compile(tree, filename, "exec", dont_inherit=True), self._globals)
         if isinstance(last, ast.Expr):
-            return eval(compile(ast.Expression(last.value), filename, "eval", dont_inherit=True), self._globals)
+            return _eval(_compile(ast.Expression(last.value), filename, "eval", dont_inherit=True), self._globals)
         return None
 
     def _settle(self) -> None:
@@ -211,18 +216,21 @@ class Interpreter:
     def _on_timer(self, number: int, frame: object) -> None:
         if not self._armed:
             return
-        if self._exceeded is not None:  # the code has caught it once
-            raise self._exceeded
-        if number == signal.SIGALRM:
-            raise StepLimit("wall time", f"the step was stopped after {self._limits['wall_s']:g} s")
-        raise StepLimit("cpu time", f"the step was stopped after {self._limits['cpu_s']} s of processor time")
+        if self._exceeded is None:
+            if number == signal.SIGALRM:
+                self._exceeded = "wall time", f"the step was stopped after {self._limits['wall_s']:g} s"
+            else:
+                self._exceeded = "cpu time", f"the step was stopped after {self._limits['cpu_s']} s of processor time"
+        raise StepLimit(*self._exceeded)  # again, where the code has caught it
 
     # what the code is given
 
     def _final_answer(self, answer: Any = None) -> None:
         """Give the answer to the task; this ends the episode."""
+        if self._exceeded is not None:  # too late: the step has ended, though the code has caught that
+            raise StepLimit(*self._exceeded)
         if not self._is_final:
-            self._final = str(answer)
+            self._final = _exact(str(answer))
             self._is_final = True
         raise FinalAnswer
 
@@ -242,6 +250,8 @@ class Interpreter:
             raise TypeError(
                 f"{name}() got {len(text)} characters of arguments; at most {wire.MAX_ARGUMENT_CHARS} are allowed"
             )
+        if self._exceeded is not None:
+            raise StepLimit(*self._exceeded)
         plain_args, plain_kwargs = _loads(text)
         self._calls += 1
         call = {"key": self._key, "call": self._calls, "name": name, "args": plain_args, "kwargs": plain_kwargs}
@@ -261,10 +271,10 @@ class Interpreter:
         if "value" in reply:
             return reply["value"]
         if "limit" in reply:
-            self._exceeded = StepLimit(reply["limit"], reply["error"])
+            self._exceeded = reply["limit"], reply["error"]
             if self._armed:  # and again, if the code catches this one
                 _setitimer(signal.ITIMER_REAL, _GRACE_REPEAT_S, _GRACE_REPEAT_S)
-            raise self._exceeded
+            raise StepLimit(*self._exceeded)
         raise ToolError(reply["error"])
 
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
@@ -277,12 +287,12 @@ class Interpreter:
 
     def _describe(self, error: BaseException, filename: str) -> str:
         try:
-            message = str(error) if not isinstance(error, SyntaxError) else str(error.msg)
+            message = _exact(str(error) if not isinstance(error, SyntaxError) else str(error.msg))
         except BaseException:
             message = "(its message cannot be shown)"
         if isinstance(error, MemoryError) and not message:
             message = f"the step needs more than {self._limits['memory_mb']} MB"
-        name = "Stopped" if isinstance(error, StepLimit) else type(error).__name__
+        name = "Stopped" if isinstance(error, StepLimit) else _name_of_type(type(error))
         text = f"{name}: {message}" if message else name
         return clip(text, _SHOWN_MESSAGE_CHARS) + self._where(error, filename)
 
@@ -333,7 +343,7 @@ class Output(io.TextIOBase):
     def write(self, text: str, /) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        rest = text
+        rest = text = _exact(text)
         if self._head_room:
             self._head.append(rest[: self._head_room])
             rest = rest[self._head_room :]

@@ -15,6 +15,7 @@ The driver starts it as `python -s -P -S -B -c BOOT <fd>`; see `session.py`. Not
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
 import os
@@ -127,9 +128,7 @@ class Zygote:
         from envs.sandbox import child
 
         confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
-        random.seed(request["seed"])
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(request["seed"] % 2**32)
+        _seed(request["seed"])
         try:
             layers = self._confinement.enter(supervisor)
         except confine.ConfinementError as error:
@@ -203,6 +202,23 @@ def _load(modules: list[str]) -> None:
             importlib.import_module(name)
     for name in ("encodings.idna", "unicodedata", "linecache", "traceback", "envs.sandbox.child"):
         importlib.import_module(name)
+
+
+def _seed(seed: int) -> None:
+    """`random` and `numpy.random` start from the seed, and so do generators that code makes without one."""
+    random.seed(seed)
+    if "numpy" not in sys.modules:
+        return
+    from numpy import random as numpy_random
+
+    numpy_random.seed(seed % 2**32)
+    seeds, make = numpy_random.RandomState(seed % 2**32), numpy_random.default_rng
+
+    @functools.wraps(make)
+    def default_rng(seed: Any = None) -> Any:
+        return make(seeds.randint(1 << 32, size=4, dtype="uint64") if seed is None else seed)
+
+    numpy_random.default_rng = default_rng
 
 
 def _use_huge_pages() -> None:
