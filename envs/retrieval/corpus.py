@@ -161,7 +161,7 @@ def _read_parquet(path: Path) -> Iterator[Passage]:
                 for fields in batch.to_pylist():
                     row += 1
                     try:
-                        yield _passage(fields)
+                        yield passage_from_fields(fields)
                     except CorpusError as error:
                         raise CorpusError(f"{path}: row {row}: {error}") from None
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
@@ -186,12 +186,13 @@ def _read_jsonl(path: Path) -> Iterator[Passage]:
             except json.JSONDecodeError as error:
                 raise CorpusError(f"{path}:{number}: not JSON: {error}") from error
             try:
-                yield _passage(fields)
+                yield passage_from_fields(fields)
             except CorpusError as error:
                 raise CorpusError(f"{path}:{number}: {error}") from None
 
 
-def _passage(fields: Any) -> Passage:
+def passage_from_fields(fields: Any) -> Passage:
+    """The passage of one decoded line, in either format. Raises `CorpusError` for anything else."""
     if not isinstance(fields, dict):
         raise CorpusError(f"an object with id, title, text (or id, contents) is needed, got {type(fields).__name__}")
     if isinstance(identity := fields.get("id"), int) and not isinstance(identity, bool):

@@ -34,14 +34,22 @@ def shards_folder(corpus: Corpus, encoder: Encoder, folder: str | Path) -> Path:
 
 
 def encode_in_shards(
-    corpus: Corpus, encoder: Encoder, folder: str | Path, *, on_progress: Progress | None = None
+    corpus: Corpus,
+    encoder: Encoder,
+    folder: str | Path,
+    *,
+    into: np.ndarray | None = None,
+    on_progress: Progress | None = None,
 ) -> np.ndarray:
-    """float32 [n, dim]: the embeddings of all passages, encoded now or by an earlier run that was given `folder`."""
+    """float32 [n, dim]: the embeddings of all passages, encoded now or by an earlier run that was given `folder`.
+
+    They are written to `into` (a memory-mapped file, say) where one is given, and it is returned.
+    """
     import numpy as np
 
     kept = shards_folder(corpus, encoder, folder)
     kept.mkdir(parents=True, exist_ok=True)
-    embeddings = np.empty((len(corpus), encoder.dim), dtype=np.float32)
+    embeddings = np.empty((len(corpus), encoder.dim), dtype=np.float32) if into is None else into
     for start in range(0, len(corpus), SHARD_ROWS):
         stop = min(start + SHARD_ROWS, len(corpus))
         embeddings[start:stop] = _shard(corpus, encoder, kept, start, stop)

@@ -1,4 +1,4 @@
-"""How an encoder wants to be used: pooling, length and prefixes, as its own folder says in sentence-transformers' files.
+"""How an encoder wants to be used: pooling, length, prefixes, as its own folder says in sentence-transformers' files.
 
 Where it says nothing: mean pooling, 256 tokens, and E5's two prefixes for models of that name. Reads JSON alone; loads
 no model.
@@ -89,8 +89,10 @@ def _pooling_of(folder: Path) -> Pooling | None:
     if config is None:
         return None
     named = config.get("pooling_mode")
-    chosen: list[Pooling | None] = [_POOLING_NAMES.get(named)] if isinstance(named, str) else []
-    chosen += [pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag)]
+    chosen: list[Pooling | None] = []
+    if isinstance(named, str):
+        chosen.append(_POOLING_NAMES.get(named))
+    chosen.extend(pooling for flag, pooling in _POOLING_FLAGS.items() if config.get(flag))
     others = [
         flag
         for flag, wanted in config.items()

@@ -37,6 +37,7 @@ _ADD_ROWS = 65_536
 _TRAIN_ROWS_PER_LIST = 64
 _MIN_ROWS_PER_LIST = 39  # FAISS warns below it, and the lists mean little
 _PQ_TRAIN_ROWS = 65_536
+_PQ_CENTROIDS = 16  # of 4-bit codes
 _HNSW_LINKS = 32
 _BLAS_FROM_QUERIES = 4  # FAISS's own limit (333 queries at dim 384) leaves micro-batches on its slow path: 3x to 7x
 
@@ -99,8 +100,14 @@ def build_vector_index(
     import numpy as np
 
     count, dim = embeddings.shape
+    if kind == "ivfpq" and count < _PQ_CENTROIDS:
+        raise ValueError(f"ivfpq needs at least {_PQ_CENTROIDS} passages, got {count}; flat is right for so few")
     index: Any = faiss.index_factory(dim, factory_of(kind, count, dim), faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
+        inner = _parts(index)[1]
+        for clustered in [inner, getattr(inner, "pq", None)]:
+            if clustered is not None and hasattr(clustered, "cp"):
+                clustered.cp.min_points_per_centroid = 1  # a small corpus is no reason for a page of warnings
         wanted = max(_PQ_TRAIN_ROWS, _TRAIN_ROWS_PER_LIST * lists_for(count)) if kind == "ivfpq" else _PQ_TRAIN_ROWS
         rows = np.arange(count)
         if count > wanted:

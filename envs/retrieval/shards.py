@@ -8,7 +8,7 @@ such an index do. A shard that fails fails the search: silent holes would change
 
 Example::
 
-    retriever = ShardedRetriever([Shard(bm25=a), Shard(bm25=b)], encoder=None, fingerprint="...")
+    retriever = ShardedRetriever([Shard(bm25=a), Shard(bm25=b)], encoder=None, fuses=False, fingerprint="...")
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from envs.retrieval.bm25 import Bm25Retriever
 from envs.retrieval.dense import DenseRetriever
 from envs.retrieval.encoders import Encoder
 from envs.retrieval.hybrid import DEPTH, fuse_rankings
-from envs.retrieval.retriever import Hit, check_k, clean_query
+from envs.retrieval.retriever import Hit, Retriever, check_k, clean_query
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,11 @@ class Shard:
             raise ValueError("a shard needs bm25, dense or both, got neither")
         self._bm25, self._dense = bm25, dense
 
+    @property
+    def parts(self) -> list[Retriever]:
+        """BM25 before vectors."""
+        return [part for part in (self._bm25, self._dense) if part is not None]
+
     def search(self, queries: list[str], vectors: np.ndarray | None, k: int) -> Rankings:
         """`vectors`, float32 [queries, dim], are needed where the shard has a vector index."""
         rankings = [] if self._bm25 is None else [self._bm25.search(queries, k)]
@@ -63,14 +68,22 @@ class Shard:
 
 
 class ShardedRetriever:
-    """A `Retriever` over shards of one corpus. `encoder` makes the queries' vectors, where shards need them."""
+    """A `Retriever` over shards of one corpus. `encoder` makes the queries' vectors, where shards need them; `fuses`
+    says that they search in two ways, whose rankings are fused as `HybridRetriever` does."""
 
     def __init__(
-        self, shards: Sequence[ShardSearch], *, encoder: Encoder | None, fingerprint: str, timeout_s: float = 30.0
+        self,
+        shards: Sequence[ShardSearch],
+        *,
+        encoder: Encoder | None,
+        fuses: bool,
+        fingerprint: str,
+        timeout_s: float = 30.0,
     ) -> None:
         if not shards:
             raise ValueError("at least one shard is needed, got none")
         self._shards, self._encoder, self.fingerprint, self._timeout_s = tuple(shards), encoder, fingerprint, timeout_s
+        self._fuses = fuses
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """See `Retriever.search`. Raises `EnvError` when a shard fails or gives no answer in time."""
@@ -82,18 +95,19 @@ class ShardedRetriever:
             return found
         words = [texts[at] for at in asked]
         vectors = None if self._encoder is None else self._encoder.encode_queries(words)
-        depth = max(k, DEPTH)
+        depth = max(k, DEPTH) if self._fuses else k
         deadline = time.monotonic() + self._timeout_s
         waiting = [shard.begin(words, vectors, depth) for shard in self._shards]
         of_shards = [wait(max(0.0, deadline - time.monotonic())) for wait in waiting]
-        if len({len(rankings) for rankings in of_shards}) != 1:
-            raise EnvError("the shards do not search in the same ways; they are not of one index")
+        if {len(rankings) for rankings in of_shards} != {1 + self._fuses}:
+            raise EnvError(
+                f"{1 + self._fuses} rankings of each shard are needed; these are not the shards of one index"
+            )
         for number, at in enumerate(asked):
             merged = [
-                merge_hits([rankings[part][number] for rankings in of_shards], depth)
-                for part in range(len(of_shards[0]))
+                merge_hits([rankings[part][number] for rankings in of_shards], depth) for part in range(1 + self._fuses)
             ]
-            found[at] = merged[0][:k] if len(merged) == 1 else fuse_rankings(merged, k)
+            found[at] = fuse_rankings(merged, k) if self._fuses else merged[0]
         return found
 
 
