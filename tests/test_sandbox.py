@@ -739,11 +739,34 @@ def test_many_threads_have_sessions_of_their_own(sandbox: Sandbox):
     assert not wrong
 
 
-@pytest.mark.parametrize(("word", "shown"), [("run", '"value": "42"'), ("doctor", "seccomp ")])
-def test_command_line(word: str, shown: str):
-    command = [sys.executable, "-m", "envs.sandbox", word]
-    ran = subprocess.run(command, cwd=ROOT, input="print(1)\n6 * 7", capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0 and shown in ran.stdout
+@pytest.mark.parametrize(
+    ("arguments", "code", "status", "shown"),
+    [
+        (["run"], "print(1)\n6 * 7", 0, {"value": "42", "kind": "ok", "limit": None}),
+        (["run", "--modules", "math"], "import numpy", 1, {"kind": "code_error", "stdout": ""}),
+        (["run", "--modules", "math", "--wall-s", "0.5"], "while True: pass", 1, {"limit": "wall time"}),
+        (["run", "--modules", "math", "--output-chars", "10"], "'x' * 99", 0, {"kind": "ok"}),
+        (["doctor", "--json"], "", 0, {"no_network": True, "no_new_privs": True}),
+    ],
+)
+def test_command_line(arguments: list[str], code: str, status: int, shown: dict):
+    command = [sys.executable, "-m", "envs.sandbox", *arguments]
+    ran = subprocess.run(command, cwd=ROOT, input=code, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == status, ran
+    said = json.loads(ran.stdout)
+    assert {key: said[key] for key in shown} == shown
+    assert "observation" in said or arguments[0] == "doctor"
+
+
+def test_command_line_names_what_is_wrong():
+    def fails(arguments: list[str], data: bytes) -> str:
+        command = [sys.executable, "-m", "envs.sandbox", *arguments]
+        ran = subprocess.run(command, cwd=ROOT, input=data, capture_output=True, timeout=60)
+        assert (ran.returncode, ran.stdout) == (2, b"")
+        return ran.stderr.decode()
+
+    assert "wall_s=-1.0 must be positive" in fails(["run", "--wall-s", "-1"], b"1")
+    assert "not UTF-8" in fails(["run"], b"\xff\xfe")
 
 
 # the filter, for the architecture of this machine and for the other

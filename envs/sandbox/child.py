@@ -132,7 +132,7 @@ class Interpreter:
     def run(self, code: str, key: str) -> dict[str, Any]:
         """Run one step; returns the frame that tells of it. The driver takes frames with this `key` only."""
         self._steps += 1
-        self._key, self._exceeded = key, None
+        self._key = key
         self._settle()
         filename = f"<step {self._steps}>"
         self._sources[filename] = code.splitlines()
@@ -182,6 +182,7 @@ class Interpreter:
 
     def _settle(self) -> None:
         """Take back what an earlier step may have left in the way of this one."""
+        self._exceeded = None
         _mask(signal.SIG_SETMASK, ())
         _signal(signal.SIGALRM, self._on_timer)
         _signal(signal.SIGPROF, self._on_timer)

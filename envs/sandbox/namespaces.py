@@ -32,7 +32,7 @@ def enter(without: set[str]) -> dict[str, str | bool]:
     """Leave the host's namespaces, before anything else is imported. Returns which could be left."""
     layers: dict[str, str | bool] = {}
     if os.geteuid() == 0:
-        layers["user_namespace"] = False  # not needed: root leaves the others directly, and confined code is not root
+        layers["user_namespace"] = "not needed"  # root leaves the others directly, and confined code is not root
     else:
         layers["user_namespace"] = "user_namespace" not in without and _enter_user_namespace()
     for name, flag in (
