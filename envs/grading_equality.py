@@ -14,27 +14,34 @@ Example::
 
 import ast
 import logging
-import math
 import re
+from fractions import Fraction
 from typing import Any
 
 import sympy
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
 
 logging.disable(logging.CRITICAL)  # math-verify tells of each text that it cannot parse
 
 _DEEPEST_NESTING = 48
 _LONGEST_EXPRESSION_CHARS = 2000
-_RELATIVE_TOLERANCE = 1e-6
+_RELATIVE_TOLERANCE = Fraction(1, 10**6)
 _LARGEST_EXPONENT = 4000
+_LONGEST_NUMBER_CHARS = 400
 
 _MARKUP = re.compile(r"\$|\\boxed|\\fbox|\\\(|\\\[")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[!,;: ]|\\q?quad\b|~|\s+")
 _DROPPED = re.compile(r"\\left\b|\\right\b|\\displaystyle\b|\^\s*\{?\s*\\circ\s*\}?|\\\$|\\(?=[%{}])")
+_CALL = re.compile(r"[A-Za-z_]\w*\(")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_CURRENCIES = "$\u20ac\u00a3\u00a5\u20b9"
+_QUANTITY = re.compile(  # 1,000.99m², 1 000, 3.5 kg, 1,22
+    rf"[{_CURRENCIES}]?\s*-?\d*(?:[ ,]\d+)*(?:\.\d+)?\s*[A-Za-z%/\u00b0\u00b2\u00b3\u00b5{_CURRENCIES}]{{0,12}}"
+)
+_LATEX_ONLY = (LatexExtractionConfig(),)
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 _CONSTANTS: dict[str, Any] = {"pi": sympy.pi, "E": sympy.E, "e": sympy.E, "I": sympy.I, "oo": sympy.oo, "inf": sympy.oo}
@@ -76,20 +83,19 @@ def verdict(gold: str, prediction: str) -> bool:
     return verify(golds, predictions, timeout_seconds=0, allow_set_relation_comp=True)
 
 
-def number(text: str) -> float | None:
-    """The value of a plain number such as `-1,234.5`, `6.72e-05` or `\\$3`; None for all else."""
-    cleaned = text.strip().removeprefix("\\$").removeprefix("$").removesuffix("\\%").removesuffix("%").strip()
+def number(text: str) -> Fraction | None:
+    """The value of a plain number such as `-1,234.5`, `6.72e-05` or `\\$3`, exactly; None for all else."""
+    cleaned = text.strip().removeprefix("\\$").removeprefix("$").removesuffix("%").removesuffix("\\").strip()
     cleaned = cleaned.replace("\\!", "").replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
-    if not cleaned.isascii() or not any(map(str.isdigit, cleaned)) or not _NUMBER.fullmatch(cleaned):
+    if not cleaned.isascii() or not any(map(str.isdigit, cleaned)) or len(cleaned) > _LONGEST_NUMBER_CHARS:
         return None
-    value = float(cleaned.replace(",", ""))
-    return value if math.isfinite(value) else None
+    return Fraction(cleaned.replace(",", "")) if _NUMBER.fullmatch(cleaned) else None
 
 
-def _numbers_equal(wanted: float, got: float) -> bool:
-    if wanted.is_integer() and got.is_integer():
+def _numbers_equal(wanted: Fraction, got: Fraction) -> bool:
+    if wanted.denominator == 1 and got.denominator == 1:
         return wanted == got
-    return math.isclose(wanted, got, rel_tol=_RELATIVE_TOLERANCE)
+    return abs(wanted - got) <= _RELATIVE_TOLERANCE * max(abs(wanted), abs(got))
 
 
 def _boxed_or_whole(text: str) -> str:
@@ -138,12 +144,14 @@ def _readings(text: str, core: str, *, like: str) -> list[Any]:
     """What `text` may mean. `core`: its boxed part; `like`: the gold answer, whose form a Python value is read in."""
     found: list[Any] = []
     bare = not _MARKUP.search(text.rstrip("$")) and len(core) <= _LONGEST_EXPRESSION_CHARS
-    if not bare or _is_prose(core) or _reads_as_number(core):
+    if not bare or _is_prose(core) or _has_words(core) or _reads_as_number(core):
         found += parse(text, parsing_timeout=0)
-    if len(core) <= _LONGEST_EXPRESSION_CHARS and not _is_prose(core):
-        found += parse(f"${_cleaned(core)}$", parsing_timeout=0)
+    if (value := number(core)) is not None:
+        found.append(sympy.Integer(int(value)) if value.denominator == 1 else sympy.Float(float(value)))
+    elif len(core) <= _LONGEST_EXPRESSION_CHARS and not _is_prose(core):
+        found += parse(f"${_cleaned(core)}$", _LATEX_ONLY, parsing_timeout=0)
         for form in _python_forms(core, like):
-            found += parse(f"${form}$", parsing_timeout=0)
+            found += parse(f"${form}$", _LATEX_ONLY, parsing_timeout=0)
     return [reading for place, reading in enumerate(found) if reading not in found[:place]]
 
 
@@ -158,15 +166,18 @@ def _is_prose(text: str) -> bool:
     return len(words) >= 2 and "\\" not in text
 
 
+def _has_words(text: str) -> bool:
+    """`Answer: 10` as well, which is too short for prose; not a function's name."""
+    return not _CALL.search(text) and any(len(word) > 3 and word not in _KNOWN_WORDS for word in _WORD.findall(text))
+
+
 def _reads_as_number(text: str) -> bool:
-    return bool(re.fullmatch(r"[^\w\s]?\s*-?[\d.]*(?:[ ,]\d+)?(?:\.\d+)?\s*[^\d,\s]{0,12}", text)) and any(
-        map(str.isdigit, text)
-    )
+    return bool(_QUANTITY.fullmatch(text)) and any(map(str.isdigit, text))
 
 
 def _python_forms(text: str, like: str) -> list[str]:
     """LaTeX of a Python value: a list is a matrix where the gold answer is one, a set where it is a bare list."""
-    if "\\" in text or len(text) > _LONGEST_EXPRESSION_CHARS:
+    if "\\" in text or "#" in text or len(text) > _LONGEST_EXPRESSION_CHARS:
         return []
     try:
         node = ast.parse(text.replace("^", "**").replace("\N{MINUS SIGN}", "-"), mode="eval").body

@@ -29,7 +29,7 @@ from typing import Any
 from envs.base import EnvError
 from envs.sandbox import Sandbox, SandboxError, SandboxLimits, Session
 
-_MODULES = ("ast", "logging", "math", "re", "typing", "sympy", "math_verify", "latex2sympy2_extended")
+_MODULES = ("ast", "fractions", "logging", "re", "typing", "sympy", "math_verify", "latex2sympy2_extended")
 _WARM_UP = (("1", "2 + x"), (r"\frac{1}{2}", "x^2 + 1"), ("x = 2", "[1, 2)"))
 _RENEW_AFTER_RUNS = 1000
 _RENEW_AFTER_S = 60.0
