@@ -145,7 +145,7 @@ def _readings(text: str, core: str, *, like: str) -> list[Any]:
     found: list[Any] = []
     bare = not _MARKUP.search(text.rstrip("$")) and len(core) <= _LONGEST_EXPRESSION_CHARS
     if not bare or _is_prose(core) or _has_words(core) or _reads_as_number(core):
-        found += parse(text, parsing_timeout=0)
+        found += parse(_with_imaginary_unit(text), parsing_timeout=0)
     if (value := number(core)) is not None:
         found.append(sympy.Integer(int(value)) if value.denominator == 1 else sympy.Float(float(value)))
     elif len(core) <= _LONGEST_EXPRESSION_CHARS and not _is_prose(core):
@@ -157,8 +157,13 @@ def _readings(text: str, core: str, *, like: str) -> list[Any]:
 
 def _cleaned(core: str) -> str:
     cleaned = core.replace("\\$", "").replace("$", "").strip()
-    cleaned = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", cleaned)  # math-verify takes `2i` for a real unknown
+    cleaned = _with_imaginary_unit(cleaned).rstrip(".")
     return re.sub(r"(?<=[\])])\s*U\s*(?=[\[(])", r" \\cup ", cleaned)
+
+
+def _with_imaginary_unit(text: str) -> str:
+    """math-verify takes the i of `2i` for a real unknown, that of `2 i` not."""
+    return re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)
 
 
 def _is_prose(text: str) -> bool:
