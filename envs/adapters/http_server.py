@@ -382,7 +382,7 @@ async def _talk(socket: WebSocket, sessions: Sessions, limits: ServerSettings) -
     finally:
         if session is not None:
             await sessions.close(session)
-        with contextlib.suppress(RuntimeError):  # it is closed already
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # it is closed already
             await socket.close()
 
 
