@@ -38,6 +38,7 @@ _SHOWN_EVERY_S = 0.05
 _dumps, _loads, _monotonic = json.dumps, json.loads, time.monotonic
 _dup2, _exit, _fork, _close = os.dup2, os._exit, os.fork, os.close
 _signal, _setitimer, _getitimer, _mask = signal.signal, signal.setitimer, signal.getitimer, signal.pthread_sigmask
+_wake_up = signal.set_wakeup_fd
 _receive, _send, _socket = wire.receive, wire.send, socket.socket
 _compile, _exec, _eval = compile, exec, eval
 # Exact text of a subclass of str, and the true name of a type, whatever the code has defined over them.
@@ -187,6 +188,7 @@ class Interpreter:
         _signal(signal.SIGALRM, self._on_timer)
         _signal(signal.SIGPROF, self._on_timer)
         _signal(signal.SIGCHLD, signal.SIG_IGN)
+        _wake_up(-1)
         sys.settrace(None)
         sys.setprofile(None)
         self._globals["__builtins__"] = self._builtins
@@ -294,8 +296,11 @@ class Interpreter:
         if isinstance(error, MemoryError) and not message:
             message = f"the step needs more than {self._limits['memory_mb']} MB"
         name = "Stopped" if isinstance(error, StepLimit) else _name_of_type(type(error))
-        text = f"{name}: {message}" if message else name
-        return clip(text, _SHOWN_MESSAGE_CHARS) + self._where(error, filename)
+        text = clip(f"{name}: {message}" if message else name, _SHOWN_MESSAGE_CHARS)
+        try:
+            return text + self._where(error, filename)
+        except Exception:  # attributes that the code has put over the real ones
+            return text
 
     def _where(self, error: BaseException, filename: str) -> str:
         """The innermost line of the agent's own code that the error came through."""

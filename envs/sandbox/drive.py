@@ -348,10 +348,10 @@ class _Loop:
         """What the step has printed so far."""
         step.shown_times += 1
         often = step.shown_times > _SHOWN_TIMES + (time.monotonic() - step.started) / _SHOWN_EVERY_S
-        if not isinstance(text, str) or often:
+        if not isinstance(text, str) or often or len(text) > self._limits.output_chars + _CLIP_SLACK_CHARS:
             self._died(step)
             return
-        step.shown = text[: self._limits.output_chars + _CLIP_SLACK_CHARS]
+        step.shown = text
 
     def _too_many_calls(self) -> str:
         return f"the step made more than {self._limits.tool_calls} tool calls"

@@ -232,6 +232,12 @@ class Meta(type):
 class E(Exception, metaclass=Meta): pass
 raise E
 """,
+        "error with attributes of its own": """
+class E(SyntaxError):
+    filename = lineno = property(lambda self: 1 / 0)
+    __traceback__ = property(lambda self: 1 / 0)
+raise E
+""",
         "not a number": "final_answer(float('nan'))",
         "nested answer": "x = []\nfor _ in range(500): x = [x]\nfinal_answer(x)",
         "text that is none": """
@@ -267,6 +273,11 @@ import signal
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001); signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
 """,
         "tracer": "def trace(*_): raise ValueError\nsys.settrace(trace)",
+        "wake-up descriptor": """
+import signal
+signal.set_wakeup_fd(frames()[0], warn_on_full_buffer=False) if not os.set_blocking(frames()[0], False) else None
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+""",
         "profiler": "def profile(*_): raise ValueError\nsys.setprofile(profile)",
         "recursion limit": "sys.setrecursionlimit(60)",
         "globals": "globals().clear()",

@@ -144,6 +144,60 @@ search(T('x'))
     },
 )
 
+_KEY = "key = next(box._key for box in gc.get_objects() if type(box).__name__ == 'Interpreter')"
+
+STOLEN = collect(
+    "stolen key",
+    "escape",
+    {
+        "one's own step": f"""
+import gc
+{_KEY}
+body = '{{"key": "' + key + '", "stdout": "own", "value": null, "error": null, "limit": null, "final": null, '
+write_frame(body + '"is_final": false}}')
+while True: pass
+""",
+        "the steps that follow": f"""
+import gc, json
+{_KEY}
+body = '"stdout": "own", "value": null, "error": null, "limit": null, "final": null, "is_final": false}}'
+write_frame('{{"key": "' + key + '", ' + body)
+while True:
+    for fd in frames():
+        data = os.read(fd, 1 << 20)
+        if b'"run"' in data: write_frame('{{"key": "' + json.loads(data[4:])["key"] + '", ' + body)
+""",
+        "many results": f"""
+import gc
+{_KEY}
+body = '{{"key": "' + key + '", "stdout": "own", "value": null, "error": null, "limit": null, "final": null, '
+for _ in range(1000): write_frame(body + '"is_final": false}}')
+""",
+        "limits that do not exist": f"""
+import gc
+{_KEY}
+body = '{{"key": "' + key + '", "stdout": "", "value": null, "error": null, "limit": "none", "final": null, '
+write_frame(body + '"is_final": false}}')
+""",
+        "text that is too long": f"""
+import gc
+{_KEY}
+body = '{{"key": "' + key + '", "stdout": "' + 'x' * 900000 + '", "value": null, "error": null, "limit": null, '
+write_frame(body + '"final": null, "is_final": false}}')
+""",
+        "output that is too long": f"""
+import gc
+{_KEY}
+for _ in range(60): write_frame('{{"key": "' + key + '", "shown": "' + 'x' * 900000 + '"}}')
+""",
+        "types that are wrong": f"""
+import gc
+{_KEY}
+write_frame('{{"key": "' + key + '", "stdout": [1], "value": {{}}, "error": 5, "limit": [], "is_final": "yes"}}')
+""",
+    },
+)
+
 TURNED = collect(
     "turned around",
     "escape",
@@ -167,4 +221,4 @@ child._receive = receive
     in_place=True,
 )
 
-PROGRAMS = [*FORGED_FRAMES, *CALLS, *TURNED]
+PROGRAMS = [*FORGED_FRAMES, *CALLS, *STOLEN, *TURNED]
