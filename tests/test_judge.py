@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from envs import judge as judge_module
 from envs.base import EnvError, Task
 from envs.grading import grade
+from envs.grading_store import JudgeStore
 from envs.judge import Judge, JudgeSpec, configure_judge, read_verdict
 
 TASK = Task(id="t", question="Who was {Milhouse} named after?", answer="Richard Nixon", kind="factual", grader="judge")
@@ -226,11 +227,21 @@ def test_equal_questions_of_several_threads_are_asked_once(endpoint, make_judge)
     assert len(endpoint.requests) == 1
 
 
-def test_requests_are_paced(endpoint, make_judge):
-    judge = make_judge(requests_per_minute=600)
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda i: judge.verdict(TASK, f"Nixon {i}"), range(4)))
-    assert max(endpoint.times) - min(endpoint.times) >= 0.25
+def test_requests_are_paced(make_judge):
+    judge = make_judge(requests_per_minute=1, deadline_s=3)
+    assert judge.verdict(TASK, "Nixon").correct
+    with pytest.raises(EnvError, match="no verdict within deadline_s=3"):  # its moment comes in a minute
+        judge.verdict(TASK, "Nixon again")
+
+
+@pytest.mark.parametrize("is_on_disk", [True, False])
+def test_moments_of_asking_are_apart_for_all_who_share_a_store(tmp_path, is_on_disk):
+    path = str(tmp_path / "judge.sqlite") if is_on_disk else None
+    stores = [JudgeStore(path), JudgeStore(path)] if is_on_disk else [JudgeStore(path)] * 2
+    waits_s = [stores[i % 2].reserve(1000.0) for i in range(3)]
+    assert waits_s[0] == 0 and 900 < waits_s[1] <= 1000 and 1900 < waits_s[2] <= 2000
+    stores[0].hold_off(9000.0)
+    assert 8900 < stores[1].reserve(1000.0) <= 9000
 
 
 def _ask_ten(url: str, path: str, first: int) -> None:
