@@ -49,7 +49,10 @@ class EnvSpec:
     unsafe: bool = False
     """Run without kernel confinement where there is none; refused otherwise."""
     mcp_servers: tuple[McpSpec, ...] = ()
-    """Servers whose tools the agent has beside web_search (envs "code" and "tool"); each host starts its own."""
+    """Servers whose tools the agent has beside web_search (envs "code" and "tool"); each host starts its own. Every
+    candidate that is previewed calls its tools, so they should change nothing."""
+    stateless_tools: bool = True
+    """False: env "tool" does not preview, since its tools change something."""
 
     def __post_init__(self) -> None:
         if self.name not in ENV_NAMES:
@@ -101,7 +104,7 @@ class EnvHost:
 
             limits = spec.limits
             return ToolEnv(
-                tools=self._tools, grade=grade, max_steps=spec.max_steps,
+                tools=self._tools, grade=grade, max_steps=spec.max_steps, stateless=spec.stateless_tools,
                 tool_s=limits.tool_s, output_chars=limits.output_chars,
             )  # fmt: skip
         if spec.name == "search":

@@ -120,7 +120,8 @@ class ToolEnv(StatelessEnv):
         return _as_text(self._tools[call.name].call([], call.arguments))
 
     def _show(self, results: Sequence[str | ToolError]) -> Outcome:
-        texts = [f"Error: {result}" if isinstance(result, ToolError) else result for result in results]
+        chars = self._output_chars
+        texts = [f"Error: {clip(str(each), chars)}" if isinstance(each, ToolError) else each for each in results]
         failed = any(isinstance(result, ToolError) for result in results)
         return Outcome(
             text="\n".join(map(_response, texts)),

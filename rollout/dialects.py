@@ -321,8 +321,11 @@ def _spans(pieces: list[tuple[SpanType, int, int]]) -> tuple[Span, ...]:
 CODE = CodeDialect("Solve the task step by step with Python code.")
 COT = AnswerDialect("Solve the task step by step.")
 TOOL = ToolDialect("Solve the task step by step with the tools. When you know the answer, reply with the answer alone.")
-SEARCH = SearchDialect(
-    "Reason inside <think> and </think>. Search with <search> query </search>; the results come back between "
-    "<information> and </information>. When you know the answer, give it inside <answer> and </answer>."
+SEARCH = SearchDialect(  # Search-R1's own words
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
+    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
+    "</search> and it will return the top searched results between <information> and </information>. You can search as "
+    "many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
+    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>."
 )
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CODE, COT, TOOL, SEARCH)}

@@ -297,7 +297,7 @@ def test_command_serves_until_it_is_told_to_end(tmp_path: Path):
         assert env.step("<answer>Ada</answer>").reward == 1.0
         env.close()
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        assert process.wait(30) == 0
     finally:
         process.kill()
         process.wait(10)

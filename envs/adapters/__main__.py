@@ -15,6 +15,7 @@ import importlib
 import ipaddress
 import os
 import shlex
+import signal
 import sys
 from typing import Any
 
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         try:
             _serve(options, stack)
+        except KeyboardInterrupt:
+            pass
         except (ValueError, TaskError, EnvError) as error:
             sys.exit(f"error: {error}")
 
@@ -64,6 +67,8 @@ def _serve(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     limits = ServerSettings(max_sessions=options.max_sessions, idle_s=options.idle_s, token=token)
     factory = env_factory(options.env, **settings)
     factory().close()  # what cannot work fails now, not at the first reset
+    # uvicorn ends in good order and then signals again, which by itself would end us before the servers above
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     serve(build_app(factory, tasks=tasks, settings=limits, name=options.env), host=options.host, port=options.port)
 
 
