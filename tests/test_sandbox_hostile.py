@@ -1,8 +1,8 @@
 """Programs that attack the sandbox: none reaches the host, none hangs, none leaves a process, and the next one works.
 
-Every program runs with all layers and without namespaces (as in most containers). It runs beside two harmless siblings
-that must not notice it; one of them is then committed. Controls run some of the same programs in plain Python: there
-they reach what they are after, so the checks can fail.
+Every program runs with all layers, without namespaces (as in most containers), and, marked slow, without Landlock too
+(as on old kernels). It runs beside two harmless siblings that must not notice it; one of them is then committed.
+Controls run some of the same programs in plain Python: there they reach what they are after, so the checks can fail.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODULES = (
     "tempfile", "threading", "time", "urllib", "webbrowser", "_ctypes", "_thread",
 )  # fmt: skip
 NAMESPACES = tuple(f"{kind}_namespace" for kind in ("user", "mount", "network", "ipc", "uts", "cgroup", "pid"))
-TIERS = {"all_layers": (), "no_namespaces": NAMESPACES}
+TIERS = {"all_layers": (), "no_namespaces": NAMESPACES, "no_landlock": (*NAMESPACES, "landlock")}
 LIMITS = SandboxLimits(wall_s=1.0, cpu_s=4, memory_mb=96, output_chars=2000, tool_calls=4, code_chars=20000)
 TOO_LATE_S = LIMITS.wall_s + 0.5 + 3.0  # killed half a second after its time, on a machine that may be busy
 SIBLINGS = ["L.append(4); len(L)", "len(L)"]
@@ -80,7 +80,9 @@ def world() -> Iterator[World]:
     del os.environ["A_TOKEN"]
 
 
-@pytest.fixture(scope="module", params=TIERS)
+@pytest.fixture(
+    scope="module", params=["all_layers", "no_namespaces", pytest.param("no_landlock", marks=pytest.mark.slow)]
+)
 def sandbox(request: pytest.FixtureRequest, world: World) -> Iterator[Sandbox]:
     with Sandbox(tool_names=["search"], modules=MODULES, limits=LIMITS, without=TIERS[request.param]) as sandbox:
         yield sandbox
