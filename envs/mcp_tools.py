@@ -223,22 +223,21 @@ class _Connection:
             result = future.result(limit_s + _SLACK_S)
         except MCPError as error:
             if error.code == _INVALID_PARAMS:
+                state.failed = False
                 raise ToolError(error.message) from error
-            if error.code == _CONNECTION_CLOSED:
-                state.lost = True
+            state.fail(surely=error.code == _CONNECTION_CLOSED)
             raise EnvError(f"{spec} {what}: {error.message}{state.stderr_tail()}") from error
         except (TimeoutError, concurrent.futures.TimeoutError) as error:
             future.cancel()
-            # One slow call is a slow call, and others may be under way; a second in a row is a server that hangs.
-            state.lost = state.late
-            state.late = True
+            state.fail()
             raise EnvError(f"{spec} {what} within {limit_s:g} s{state.stderr_tail()}") from error
         except concurrent.futures.CancelledError as error:
             state.lost = True
             raise EnvError(f"{spec} was closed during a call") from error
         except Exception as error:
+            state.fail()
             raise EnvError(f"{spec} {what}: {_reason(error)}{state.stderr_tail()}") from error
-        state.late = False
+        state.failed = False
         return result
 
 
@@ -249,8 +248,8 @@ class _State:
         self._spec = spec
         self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.lost = False
-        self.late = False
-        """The last call ran out of time."""
+        self.failed = False
+        """The last call failed, and not by the model's mistake."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._client: Any = None
@@ -264,6 +263,12 @@ class _State:
                 self.ready.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         finally:
             self.lost = True
+
+    def fail(self, *, surely: bool = False) -> None:
+        """A call failed. Others may be under way, so one failure is one failure; two in a row, or `surely`, are a
+        connection that is broken."""
+        self.lost = self.lost or self.failed or surely
+        self.failed = True
 
     def loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None or self._loop.is_closed():

@@ -42,7 +42,16 @@ def broken(word: str) -> str:
     raise OSError("the disk is gone")
 
 
-TOOLS = [Tool.from_function(slow), Tool.from_function(broken)]
+MEETING = threading.Barrier(2, timeout=30)
+
+
+def meet(name: str) -> str:
+    """Wait for the other."""
+    MEETING.wait()
+    return name
+
+
+TOOLS = [Tool.from_function(slow), Tool.from_function(broken), Tool.from_function(meet)]
 
 
 def call(name: str, /, **arguments: Any) -> str:
@@ -51,7 +60,7 @@ def call(name: str, /, **arguments: Any) -> str:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    settings = ServerSettings(max_sessions=4, step_s=1.0, max_body_bytes=5000)
+    settings = ServerSettings(max_sessions=4, max_body_bytes=5000)
     with serving(build_app(env_factory("tool", tools=TOOLS), tasks=OWN, settings=settings)) as url:
         yield url
 
@@ -101,12 +110,28 @@ def test_failures_of_the_env_are_env_errors(env: HttpEnv):
     env.reset(TASK, seed=0)
     with pytest.raises(EnvError, match="the disk is gone"):
         env.step(call("broken", word="x"))
-    with pytest.raises(EnvError, match="did not answer within 1 s; the episode is lost"):
-        env.step(call("slow", seconds=2))
-    with pytest.raises(EnvError, match="is not there"):
-        env.step(call("slow", seconds=0))
-    env.reset(TASK, seed=0)  # a new one can be had
     assert env.step(call("slow", seconds=0)).observation.valid
+
+
+def test_env_that_hangs_is_given_up_and_a_new_one_can_be_had():
+    settings = ServerSettings(max_sessions=1, step_s=2)
+    with serving(build_app(env_factory("tool", tools=TOOLS), settings=settings)) as url:
+        env = HttpEnv(url)
+        env.reset(TASK, seed=0)
+        with pytest.raises(EnvError, match="did not answer within 2 s; the episode is lost"):
+            env.step(call("slow", seconds=6))
+        with pytest.raises(EnvError, match="is not there"):
+            env.step(call("slow", seconds=0))
+        env.reset(TASK, seed=0)
+        assert env.step(call("slow", seconds=0)).observation.valid
+        env.close()
+
+
+def test_step_may_be_given_less_time(url: str):
+    episode_id = post(f"{url}/reset", b"{}")[1]["metadata"]["episode_id"]
+    body = {"episode_id": episode_id, "action": {"text": call("slow", seconds=0.5)}, "timeout_s": 0.1}
+    status, told = post(f"{url}/step", json.dumps(body).encode())
+    assert status == 503 and "did not answer within 0.1 s" in told["error"]["message"]
 
 
 def test_two_episodes_at_the_same_moment_do_not_wait_for_one_another(url: str):
@@ -114,14 +139,14 @@ def test_two_episodes_at_the_same_moment_do_not_wait_for_one_another(url: str):
     for each in envs:
         each.reset(TASK, seed=0)
     results: list[Any] = []
-    threads = [threading.Thread(target=lambda e=e: results.append(e.step(call("slow", seconds=0.6)))) for e in envs]
-    began = time.monotonic()
+    threads = [
+        threading.Thread(target=lambda e=each, n=name: results.append(e.step(call("meet", name=n))))
+        for each, name in zip(envs, "ab", strict=True)
+    ]
     for thread in threads:
         thread.start()
-    assert get(f"{url}/health")["status"] == "healthy"
-    assert time.monotonic() - began < 0.6 or not results
     for thread in threads:
-        thread.join(20)
+        thread.join(40)
     assert [result.observation.valid for result in results] == [True, True]
     for each in envs:
         each.close()
@@ -193,6 +218,9 @@ def test_bad_requests_are_told_what_is_wrong(url: str, path: str, body: bytes, s
 
 def test_bad_actions_are_told_what_is_wrong(url: str):
     episode_id = post(f"{url}/reset", b"{}")[1]["metadata"]["episode_id"]
+    body = {"episode_id": episode_id, "action": {"text": call("slow", seconds=0)}, "timeout_s": 0}
+    status, told = post(f"{url}/step", json.dumps(body).encode())
+    assert status == 400 and "'timeout_s' must be a positive number, not 0" in told["error"]["message"]
     for action, says in [('"x"', 'an action is {"text": "..."}'), ('{"code": "x"}', "an action is")]:
         body = f'{{"episode_id": "{episode_id}", "action": {action}}}'
         status, told = post(f"{url}/step", body.encode())

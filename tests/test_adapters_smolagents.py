@@ -151,6 +151,8 @@ def test_executor_takes_json_variables_alone(executor: SandboxExecutor):
     assert executor("data['a'][2] + 'x'").output == "é'\nx"
     with pytest.raises(ValueError, match="variable 'path' must be made of JSON values"):
         executor.send_variables({"path": Path("x")})
+    with pytest.raises(ValueError, match="'a b' cannot be the name of a variable"):
+        executor.send_variables({"a b": 1})
 
 
 def test_executor_tells_what_was_printed_before_an_error(executor: SandboxExecutor):

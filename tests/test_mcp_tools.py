@@ -147,8 +147,8 @@ def test_slow_call_is_ours_and_the_server_goes_on(script: Path):
         tools = {tool.name: tool for tool in server.tools()}
         began = time.monotonic()
         with pytest.raises(EnvError, match=r"did not answer 'nap' within 3 s"):
-            tools["nap"].call([7.0], {})
-        assert time.monotonic() - began < 6.5
+            tools["nap"].call([60.0], {})
+        assert time.monotonic() - began < 30
         assert tools["add"].call([1], {}) == 2
 
 
@@ -226,7 +226,7 @@ def test_server_that_speaks_no_mcp_is_ours(source: str, says: str):
     began = time.monotonic()
     with pytest.raises(EnvError, match=f"could not be started.*({says})|did not start"):
         McpServer(command=program(source), start_s=1)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
 
 
 def test_missing_program_is_named():
@@ -245,7 +245,8 @@ def test_malformed_result_is_ours():
 
 def test_http_server(script: Path):
     port = free_port()
-    process = subprocess.Popen([sys.executable, str(script), str(port)], stderr=subprocess.DEVNULL)
+    serve = [sys.executable, str(script), str(port)]
+    process = subprocess.Popen(serve, stderr=subprocess.DEVNULL)
     try:
         with connect(f"http://127.0.0.1:{port}/mcp") as server:
             tools = {tool.name: tool for tool in server.tools()}
@@ -253,14 +254,28 @@ def test_http_server(script: Path):
             with pytest.raises(ToolError, match="no such thing"):
                 tools["fail"].call(["x"], {})
             with pytest.raises(EnvError, match="did not answer 'nap' within 3 s"):
-                tools["nap"].call([7.0], {})
+                tools["nap"].call([60.0], {})
             process.kill()
             process.wait(10)
             with pytest.raises(EnvError):
                 tools["add"].call([2], {})
+            process = subprocess.Popen(serve, stderr=subprocess.DEVNULL)
+            assert answer_of(tools["add"], 2) == 3
     finally:
         process.kill()
         process.wait(10)
+
+
+def answer_of(tool: Any, *args: Any) -> Any:
+    """Once the server is back."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return tool.call(list(args), {})
+        except EnvError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def connect(url: str) -> McpServer:

@@ -92,7 +92,7 @@ def test_result_comes_back_as_a_tool_response(env: ToolEnv):
 
 
 def test_calls_of_one_turn_run_together_and_answer_in_order():
-    meeting = threading.Barrier(2, timeout=5)
+    meeting = threading.Barrier(2, timeout=30)
 
     def meet(name: str) -> str:
         """Wait for the other."""
@@ -151,12 +151,12 @@ def test_failing_and_hanging_tools_are_ours():
         time.sleep(seconds)
         return "late"
 
-    env = ToolEnv(tools=[*TOOLS, Tool.from_function(hang)], grade=grade, tool_s=0.2)
+    env = ToolEnv(tools=[*TOOLS, Tool.from_function(hang)], grade=grade, tool_s=1)
     env.reset(TASK, seed=0)
     with pytest.raises(EnvError, match="the adding service is down"):
         env.step(call("add", a=99))
-    with pytest.raises(EnvError, match="did not answer within 0.2 s"):
-        env.step(call("hang", seconds=2))
+    with pytest.raises(EnvError, match="did not answer within 1 s"):
+        env.step(call("hang", seconds=5))
 
 
 def test_candidates_of_a_step_share_the_result_of_the_same_call():

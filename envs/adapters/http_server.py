@@ -6,7 +6,8 @@ its `episode_id` does that here: `/reset` answers with one, and `/step` and `/st
 there are `/preview`, `/commit` and `/close`. An action is `{"text": ...}`, an observation `{"text": ..., "kind": ...}`.
 
     POST /reset    {"seed": 0, "task": {...} | "task_id": "..."}     -> observation, reward, done, metadata.episode_id
-    POST /step     {"episode_id": "...", "action": {"text": "..."}}  -> observation, reward, done, metadata
+    POST /step     {"episode_id": "...", "action": {"text": "..."}}  -> observation, reward, done, metadata.terminated,
+                   .truncated and .info; "timeout_s" may shorten the wait
     POST /preview  {"episode_id": "...", "actions": ["...", ...]}    -> results: [as of /step, ...]
     POST /commit   {"episode_id": "...", "index": 0}                 -> as of /step
     POST /close    {"episode_id": "..."}
@@ -29,6 +30,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import math
 import threading
 import time
 import uuid
@@ -99,6 +101,7 @@ class Sessions:
         self._by_id = {task.id: task for task in self._tasks}
         self._sessions: dict[str, _Session] = {}
         self._starting = 0
+        self._can_preview: bool | None = None
         # One thread more than there are sessions, so that closing one never waits for the others.
         self._threads = ThreadPoolExecutor(settings.max_sessions + 1, thread_name_prefix="env")
 
@@ -116,8 +119,8 @@ class Sessions:
         metadata = {"episode_id": session.episode_id, "task_id": task.id, "info": info}
         return session, _answer(observation, reward=None, done=False, metadata=metadata)
 
-    async def step(self, session: _Session, action: str) -> dict[str, Any]:
-        return self._after(session, await self._call(session, lambda env: env.step(action)))
+    async def step(self, session: _Session, action: str, timeout_s: float | None = None) -> dict[str, Any]:
+        return self._after(session, await self._call(session, lambda env: env.step(action), timeout_s))
 
     async def preview(self, session: _Session, actions: list[str]) -> dict[str, Any]:
         results = await self._call(session, lambda env: env.preview(actions))
@@ -179,7 +182,12 @@ class Sessions:
             finally:
                 env.close()
 
-        return await self._in_thread(ask)
+        if self._can_preview is None:
+            try:
+                self._can_preview = await self._in_thread(ask)
+            except Exception as error:
+                raise _Refused(503, "FACTORY_ERROR", f"the env could not be made: {error}") from error
+        return self._can_preview
 
     async def _start(self, episode_id: str) -> _Session:
         if len(self._sessions) + self._starting >= self._settings.max_sessions:
@@ -198,11 +206,12 @@ class Sessions:
         session = self._sessions[episode_id] = _Session(env, episode_id)
         return session
 
-    async def _call(self, session: _Session, act: Callable[[Env], T]) -> T:
+    async def _call(self, session: _Session, act: Callable[[Env], T], timeout_s: float | None = None) -> T:
         """What `act` returns on the session's env, in a thread; the env's errors become refusals."""
         if session.busy:
             raise _Refused(409, "SESSION_ERROR", "the episode is busy with another call")
         session.busy, session.used_at = True, time.monotonic()
+        limit_s = min(self._settings.step_s, timeout_s or self._settings.step_s)
 
         def work() -> T:
             try:
@@ -213,10 +222,10 @@ class Sessions:
                     session.env.close()
 
         try:
-            return await asyncio.wait_for(self._in_thread(work), self._settings.step_s)
+            return await asyncio.wait_for(self._in_thread(work), limit_s)
         except TimeoutError as error:
             self._sessions.pop(session.episode_id, None)
-            message = f"the env did not answer within {self._settings.step_s:g} s; the episode is lost"
+            message = f"the env did not answer within {limit_s:g} s; the episode is lost"
             raise _Refused(503, "EXECUTION_ERROR", message) from error
         except EnvError as error:
             raise _Refused(503, "EXECUTION_ERROR", str(error)) from error
@@ -277,7 +286,8 @@ def build_app(
         return (await sessions.reset(asked))[1]
 
     async def step(asked: dict[str, Any]) -> dict[str, Any]:
-        return await sessions.step(sessions.find(asked.get("episode_id")), _action(asked.get("action")))
+        session, action = sessions.find(asked.get("episode_id")), _action(asked.get("action"))
+        return await sessions.step(session, action, _timeout(asked))
 
     async def preview(asked: dict[str, Any]) -> dict[str, Any]:
         actions = asked.get("actions")
@@ -450,6 +460,15 @@ def _action(action: Any) -> str:
     if not isinstance(text, str):
         raise _Refused(400, "VALIDATION_ERROR", f'an action is {{"text": "..."}}, not {action!r:.80}')
     return text
+
+
+def _timeout(body: Mapping[str, Any]) -> float | None:
+    timeout_s = body.get("timeout_s")
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
+        raise _Refused(400, "VALIDATION_ERROR", f"'timeout_s' must be a positive number, not {timeout_s!r:.80}")
+    return float(timeout_s)
 
 
 def _seed(body: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ smolagents: https://huggingface.co/docs/smolagents (1.24 and later have `executo
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,8 +113,10 @@ class SandboxExecutor(PythonExecutor):
                 raise EnvError(f"the sandbox could not start: {error}") from error
 
     def send_variables(self, variables: Mapping[str, Any]) -> None:
-        """Set before the next code runs. Raises `ValueError` for what is not JSON-like."""
+        """Set before the next code runs. Raises `ValueError` for what is not JSON-like, and for a name that is none."""
         for name, value in variables.items():
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"{name!r} cannot be the name of a variable")
             self._variables[name] = _literal(value, name)
 
     def restart(self) -> None:
@@ -140,7 +143,9 @@ class SandboxExecutor(PythonExecutor):
             if self._variables:
                 given = "\n".join(f"{name} = {literal}" for name, literal in self._variables.items())
                 self._variables = {}
-                self._session.run(given, self._call_tool)
+                problem = self._session.run(given, self._call_tool)
+                if problem.error is not None or problem.limit is not None:
+                    raise SandboxError(f"the variables could not be set: {problem.error or problem.limit}")
             execution = self._session.run(code_action, self._call_tool)
         except Exception as error:
             self.restart()
