@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.answer_env import AnswerEnv
 from envs.base import Env, EnvError, Observation, StepResult, Task
 from envs.grading import grade
+from envs.grading_math import MathSpec, configure_math
+from envs.judge import JudgeSpec, configure_judge
 from envs.mcp_tools import McpServer, McpSpec
 from envs.sandbox import DEFAULT_MODULES, Sandbox, SandboxLimits
 from envs.tools import Tool
@@ -53,6 +55,10 @@ class EnvSpec:
     candidate that is previewed calls its tools, so they should change nothing."""
     stateless_tools: bool = True
     """False: env "tool" does not preview, since its tools change something."""
+    math: MathSpec = field(default_factory=MathSpec)
+    """Limits of the grader "math"."""
+    judge: JudgeSpec | None = None
+    """The LLM judge of tasks whose grader is "judge"; asked by each host, with a pace of its own."""
 
     def __post_init__(self) -> None:
         if self.name not in ENV_NAMES:
@@ -72,6 +78,10 @@ class EnvHost:
         self._tools: list[Tool] = []
         self._servers: list[McpServer] = []
         self._sandbox: Sandbox | None = None
+        # Graders belong to the process: those of the newest host hold, and they end with it.
+        configure_math(replace(spec.math, unsafe=spec.math.unsafe or spec.unsafe))
+        if spec.judge is not None:
+            configure_judge(spec.judge)
         if spec.name == "answer":
             return
         if search is not None:

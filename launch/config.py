@@ -18,22 +18,27 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from envs.pool import EnvSpec
+from envs.tasks import Columns
 from learner.config import ConfigError, LearnerConfig
 from rollout.episode import EpisodeSettings
 from rollout.policy_spec import PolicySpec
 
+DIALECT_OF_ENV = {"code": "code", "answer": "cot", "tool": "tool", "search": "search"}
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSet:
-    """A named held-out file: scores are reported under `kind`."""
+    """A named file of tasks: scores are reported under `kind`."""
 
     path: str
+    """JSON lines, the paper's JSON, Parquet, a saved data set's folder, or `hf:owner/name`; see `envs.task_files`."""
     kind: str
     grader: str = "exact"
     count: int | None = None
     """Take the first `count` tasks; None takes all."""
+    columns: Columns = field(default_factory=Columns)
+    """Where the file calls its columns something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,8 @@ class TasksConfig:
     arithmetic_share: float = 0.5
     train: tuple[TaskSet, ...] = ()
     test: tuple[TaskSet, ...] = ()
+    drop_overlap: bool = False
+    """files: leave training tasks out whose question is a test question too; without it such files are an error."""
 
     def __post_init__(self) -> None:
         if self.source == "files" and not (self.train and self.test):
@@ -104,8 +111,6 @@ class EvaluateConfig:
     dtype: str = "auto"
     kv_cache_mb: int | None = None
     enforce_eager: bool = False
-    judge_model: str = ""
-    """Model of an LLM judge for factual answers, as in the paper; empty: graders alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +149,11 @@ class DistillConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        if (self.env.name == "answer") != (self.episode.dialect == "cot"):
+        wanted = DIALECT_OF_ENV[self.env.name]
+        if self.episode.dialect != wanted:
             raise ValueError(
                 f"env.name {self.env.name!r} does not go with episode.dialect {self.episode.dialect!r}: "
-                "use code with code, or answer with cot"
+                f"use episode.dialect={wanted}"
             )
 
 

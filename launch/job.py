@@ -146,7 +146,7 @@ class _Stages:
         spec = student_spec(config, base)
         final = Weights(str(self.folder.student), FINAL)
         rows = [("untrained", "greedy", None), ("student", "greedy", final)]
-        if config.env.name == "code":
+        if config.env.name != "answer":
             rows.append(("student_self_consistent", "self_consistent", final))
         scores: dict[str, dict[str, Score]] = {}
         workers = start_workers(config, spec, count=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 from launch.config import ConfigError, DistillConfig
@@ -21,6 +22,7 @@ def check(config: DistillConfig) -> None:
     _check_model("learner.model_path", config.learner.model_path)
     if config.teacher.kind == "vllm":
         _check_model("teacher.model", config.teacher.model)
+    _check_judge(config)
     _check_task_files(config)
     if config.teacher.kind == "openai":
         _check_endpoint(config)
@@ -32,6 +34,18 @@ def _check_model(key: str, model: str) -> None:
     looks_local = model.startswith((".", "/", "~")) or path.exists() or model.count("/") > 1
     if model != "base_student" and looks_local and not (path / "config.json").is_file():
         raise ConfigError(f"config {key}: {model!r} is no Hugging Face folder (no config.json there)")
+
+
+def _check_judge(config: DistillConfig) -> None:
+    """A missing judge or key is found now, not at the first answer."""
+    judged = [task_set.path for task_set in (*config.tasks.train, *config.tasks.test) if task_set.grader == "judge"]
+    if not judged:
+        return
+    judge = config.env.judge
+    if judge is None:
+        raise ConfigError(f"config env.judge: {judged[0]!r} has the grader 'judge', so env.judge.model must be set")
+    if judge.base_url is None and not os.environ.get(judge.api_key_env):
+        raise ConfigError(f"config env.judge: the variable {judge.api_key_env} is not set; it holds the endpoint's key")
 
 
 def _check_task_files(config: DistillConfig) -> None:

@@ -9,7 +9,8 @@ from envs.base import Task, TaskError
 from envs.retrieval.corpus import Passage
 from envs.retrieval.spec import RetrieverSpec
 from envs.starter import StarterWorld
-from envs.tasks import check_disjoint, load_tasks
+from envs.task_leakage import check_disjoint, without_overlap
+from envs.tasks import load_tasks
 from launch.config import DistillConfig, TaskSet
 
 
@@ -32,17 +33,21 @@ def load_world(config: DistillConfig, index_folder: Path) -> World:
     else:
         train = [task for task_set in tasks.train for task in _load(task_set)][: tasks.train_count]
         test = [task for task_set in tasks.test for task in _load(task_set)]
+        if tasks.drop_overlap:
+            train = without_overlap(train, test)
         check_disjoint(train, test)
     return World(train, test, _retriever(config, starter, index_folder))
 
 
 def _load(task_set: TaskSet) -> list[Task]:
-    return load_tasks(task_set.path, kind=task_set.kind, grader=task_set.grader)[: task_set.count]
+    return load_tasks(
+        task_set.path, kind=task_set.kind, grader=task_set.grader, columns=task_set.columns, limit=task_set.count
+    )
 
 
 def _retriever(config: DistillConfig, starter: StarterWorld | None, index_folder: Path) -> RetrieverSpec | None:
     retrieval = config.retrieval
-    if retrieval.kind == "none" or config.env.name != "code":
+    if retrieval.kind == "none" or config.env.name == "answer":
         return None
     if retrieval.corpus and not Path(retrieval.corpus).is_file():
         raise TaskError(f"retrieval.corpus {retrieval.corpus!r} does not exist")

@@ -49,7 +49,8 @@ def test_paper_recipe_has_the_papers_values():
     assert (config.retrieval.query_prefix, config.retrieval.passage_prefix) == ("query: ", "passage: ")
     evaluate = config.evaluate
     assert (evaluate.candidates, evaluate.temperature, evaluate.top_p) == (8, 0.4, 0.8)
-    assert evaluate.judge_model == "gpt-4o-mini"
+    assert config.env.judge is not None and config.env.judge.model == "gpt-4o-mini"
+    assert {task_set.grader for task_set in config.tasks.test} == {"judge", "math"}
     counts = {task_set.kind: task_set.count for task_set in config.tasks.test}
     assert list(counts.values()) == [500, 125, 500, 500, 500, 500, 90, 200]
 
@@ -119,7 +120,15 @@ def test_the_job_names_file_and_line_of_a_malformed_task(tmp_path):
     sets = [f"tasks.{split}=[{{path: {train}, kind: mine}}]" for split in ("train", "test")]
     result = job("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
     assert result.returncode == 2
-    assert f"{train}:2: 'answer' must be a non-empty string or a number, not None" in result.stderr
+    assert f"{train}:2: 'answer' must be a non-empty string" in result.stderr
+
+
+def test_the_job_asks_for_a_judge_before_it_starts(tmp_path):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"question": "Who wrote The Silver Harbor?", "answer": "Ada"}\n')
+    sets = [f"tasks.{split}=[{{path: {tasks}, kind: mine, grader: judge}}]" for split in ("train", "test")]
+    result = job("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
+    assert result.returncode == 2 and "env.judge.model must be set" in result.stderr
 
 
 def test_the_job_refuses_a_folder_of_another_run(tmp_path):
