@@ -42,6 +42,8 @@ def check_env(make_env: Callable[[], Env], tasks: Sequence[Task], actions: Seque
             _check_preview(make_env, task, actions)
             for index in range(len(actions)):
                 _check_commit(make_env, task, actions, index)
+        else:
+            _check_no_preview(make_env, task, actions)
 
 
 def _check_order(make_env: Callable[[], Env], task: Task, actions: Sequence[str]) -> None:
@@ -123,6 +125,15 @@ def _check_commit(make_env: Callable[[], Env], task: Task, actions: Sequence[str
             stepped = _play(make_env, task, [actions[index], probe])
             clause = "commit(i) leads to the state that step(actions[i]) leads to"
             _require_same(clause, stepped[1], _step(env, probe))
+
+
+def _check_no_preview(make_env: Callable[[], Env], task: Task, actions: Sequence[str]) -> None:
+    with _env(make_env) as env:
+        _reset(env, task)
+        clause = "preview() of an env that cannot preview raises RuntimeError"
+        _require_runtime_error(clause, lambda: env.preview(actions))
+        (plain,) = _play(make_env, task, actions[:1])
+        _require_same("preview() of an env that cannot preview changes nothing", plain, _step(env, actions[0]))
 
 
 @contextmanager

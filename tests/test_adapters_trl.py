@@ -13,6 +13,11 @@ from envs.adapters.trl_adapter import episode_reward, task_rows, trl_environment
 from envs.base import Task
 from envs.tools import Tool, ToolError
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are using 'environment_factory'"),
+    pytest.mark.filterwarnings("ignore:TRL currently supports vLLM"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
+]
 TASKS = [Task(id=f"t{n}", question=f"What is {n} + 2?", answer=str(n + 2), kind="sum") for n in range(4)]
 
 
@@ -171,7 +176,6 @@ def trainer_of(model: str, folder: Path, kind: Any = None, **settings: Any) -> A
     )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 def test_real_trainer_calls_tools_and_learns(model: str, tmp_path: Path):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -202,7 +206,6 @@ def test_real_trainer_calls_tools_and_learns(model: str, tmp_path: Path):
     assert any((weight != before[name]).any() for name, weight in trainer.model.named_parameters())
 
 
-@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 def test_real_trainer_with_a_model_that_talks_nonsense(model: str, tmp_path: Path):
     environment = trl_environment("code", modules=["math"])
     trainer = trainer_of(model, tmp_path, environment_factory=environment)

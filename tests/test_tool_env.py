@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs import make_env
-from envs.base import EnvError, ObservationKind, Task
-from envs.check import check_env
+from envs.base import EnvError, ObservationKind, StepResult, Task
+from envs.check import ContractError, check_env
 from envs.pool import EnvHost, EnvSpec
 from envs.search_env import INVALID, SearchEnv
 from envs.tool_env import ToolEnv
@@ -201,6 +201,18 @@ def test_last_step_truncates():
 def test_tool_env_keeps_the_contract(stateless: bool):
     actions = [call("add", a=40), "{", call("add", a="x"), call("final_answer", answer="42")]
     check_env(lambda: ToolEnv(tools=TOOLS, grade=grade, max_steps=3, stateless=stateless), [TASK], actions)
+
+
+class _PreviewsAnyway(ToolEnv):
+    """Says that it cannot preview, and does."""
+
+    def preview(self, actions: Sequence[str]) -> list[StepResult]:
+        return [self.step(action) for action in actions]
+
+
+def test_env_that_cannot_preview_must_refuse_to():
+    with pytest.raises(ContractError, match="cannot preview raises RuntimeError"):
+        check_env(lambda: _PreviewsAnyway(tools=TOOLS, grade=grade, stateless=False), [TASK], [call("add", a=1)])
 
 
 def test_tool_names_must_differ():
