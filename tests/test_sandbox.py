@@ -377,7 +377,7 @@ def test_number_of_tool_calls_when_the_code_catches_it(session: Session):
     execution = run(session, "for i in range(9):\n    try: search(i)\n    except: pass\nfinal_answer(1)", echo)
     assert (execution.limit, execution.is_final, len(execution.tool_calls)) == ("tool calls", False, 4)
     execution = run(session, "while True:\n    try: search(1)\n    except: pass", echo)
-    assert execution.limit == "tool calls" and "The interpreter was restarted" in str(execution.error)
+    assert execution.limit == "tool calls"  # by its own timer, or killed
 
 
 def test_length_of_the_code(session: Session):

@@ -155,6 +155,7 @@ class Interpreter:
             pass
         except BaseException as error:
             problem = error
+        self._disarm()  # a timer may have gone off just before the first one
         if self._exceeded is not None and not isinstance(problem, StepLimit):
             problem = StepLimit(*self._exceeded)  # the code, or a destructor, has caught it
         limit = (
@@ -184,10 +185,10 @@ class Interpreter:
     def _settle(self) -> None:
         """Take back what an earlier step may have left in the way of this one."""
         self._exceeded = None
-        _mask(signal.SIG_SETMASK, ())
         _signal(signal.SIGALRM, self._on_timer)
         _signal(signal.SIGPROF, self._on_timer)
         _signal(signal.SIGCHLD, signal.SIG_IGN)
+        _mask(signal.SIG_SETMASK, ())
         _wake_up(-1)
         sys.settrace(None)
         sys.setprofile(None)
