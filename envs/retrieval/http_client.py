@@ -132,7 +132,8 @@ class HttpRetriever:
                 limits = httpx.Limits(
                     max_connections=self._connections, max_keepalive_connections=self._connections, keepalive_expiry=30
                 )
-                self._client = httpx.Client(limits=limits)
+                # Reading the certificates takes longer than many searches, and plain http needs none.
+                self._client = httpx.Client(limits=limits, verify=self.url.startswith("https://"))
             return self._client
 
     def _hits(self, answer: Any, queries: int, k: int) -> list[list[Hit]]:
