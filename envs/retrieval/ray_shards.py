@@ -50,7 +50,10 @@ def start_replicas(
 
 
 class ReplicaClient:
-    """Blocking access to replicas from any thread; picklable. Each process balances by its own searches."""
+    """Blocking access to replicas from any thread; picklable. Each process balances by its own searches.
+
+    A search that fails is tried on the other replicas, each within `timeout_s`.
+    """
 
     def __init__(self, handles: Sequence[Any], timeout_s: float = 30.0) -> None:
         if not handles:
