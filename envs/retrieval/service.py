@@ -4,8 +4,10 @@
                             |             (joins it)              |
                             hit                     32 queries, or 2 ms after the first
 
-Encoding and exact search gain three to seven times from batches, so the first query waits 2 ms for company and whatever
-arrives during a computation forms the next batch. It is not a server: `ray_service` puts it into an actor.
+Encoding and exact search gain three to seven times from batches, so the first query waits 2 ms for company. Whatever
+arrives during a computation forms the next batch, together with what those just answered ask next (callers in a loop
+would else fall into two groups that take turns at half the size): it is waited for a tenth of that computation's time,
+2 ms at most. It is not a server: `ray_service` puts it into an actor.
 
 Who waits for what: a caller waits for its result, at most `timeout_s`; a query that nobody waits for any more is
 dropped before it is computed; more than `max_pending` waiting queries are refused at once.
@@ -28,6 +30,8 @@ from typing import Any
 
 from envs.base import EnvError
 from envs.retrieval.retriever import Hit, Retriever, check_k, clean_query
+
+_LULL = 0.1  # of a computation's time is waited for the next queries of those it answered
 
 
 class RetrievalTimeout(EnvError):
@@ -123,6 +127,7 @@ class RetrievalService:
         self._pending: deque[_Flight] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._computing = False
+        self._not_before_s = 0.0  # of the monotonic clock: when a batch that is not full may go
         self._closed = False
         self._counts = dict.fromkeys(
             ("requests", "empty", "cached", "joined", "computed", "batches", "timeouts", "abandoned", "overloaded")
@@ -217,7 +222,7 @@ class RetrievalService:
         """See to it that the pending queries are computed when their time has come."""
         if self._computing or not self._pending:
             return
-        wait_s = self._pending[0].arrived_s + self.settings.max_wait_s - time.monotonic()
+        wait_s = max(self._pending[0].arrived_s + self.settings.max_wait_s, self._not_before_s) - time.monotonic()
         if wait_s <= 0 or len(self._pending) >= self.settings.max_batch:
             self._dispatch()
         elif self._timer is None:
@@ -264,6 +269,7 @@ class RetrievalService:
         if error is None:
             results, seconds = done.result()
             self._compute_s += seconds
+            self._not_before_s = time.monotonic() + min(self.settings.max_wait_s, _LULL * seconds)
             for flight, hits in zip(batch, results, strict=True):
                 self._remember(flight.key, hits)
                 self._land(flight, hits=hits)
