@@ -23,7 +23,7 @@ from rollout.async_env import AsyncEnv
 from rollout.dialects import COT, DIALECTS, Dialect, ParsedTurn
 from rollout.first_thought import first_thought
 from rollout.policy import Policy, PolicyError, Sampling
-from rollout.self_consistency import action_ballot, ballot, vote
+from rollout.self_consistency import action_ballot, ballot, likelihoods, vote
 from rollout.trajectory import (
     Candidate,
     Completion,
@@ -184,14 +184,15 @@ class _Episode:
             return 0, await self._step(turns[0]), ()
         if not self.env.can_preview:
             ballots = [action_ballot(turn.action) for turn in turns]
-            outcome = vote(ballots)
+            outcome = vote(ballots, likelihoods(completions))
             result = await self._step(turns[outcome.winner])
             observations = [result.observation if i == outcome.winner else None for i in range(len(turns))]
         else:
             runnable = [i for i, turn in enumerate(turns) if turn.action is not None]
             actions = [action for turn in turns if (action := turn.action) is not None]
             previews = dict(zip(runnable, await self.env.preview(actions), strict=True)) if actions else {}
-            outcome = vote([ballot(previews[i].observation) if i in previews else None for i in range(len(turns))])
+            ballots = [ballot(previews[i].observation) if i in previews else None for i in range(len(turns))]
+            outcome = vote(ballots, likelihoods(completions))
             winner = outcome.winner
             result = await self.env.commit(runnable.index(winner)) if winner in previews else _unparsed(turns[winner])
             observations = [previews[i].observation if i in previews else None for i in range(len(turns))]
@@ -220,6 +221,7 @@ class _Episode:
             max_tokens=settings.max_tokens,
             stop=self.dialect.stop,
             seed=(self.seed + index) % 2**31,
+            logprobs=candidates > 1,  # what decides between candidates that agree
             timeout_s=settings.deadline_s,
         )
 

@@ -1,5 +1,6 @@
 """Self-consistent action generation (arXiv 2505.17612, section 3.2): of k candidate actions those that fail are
-dropped and the majority of observations decides.
+dropped and the majority of observations decides. Of the candidates that led to the majority's observation the likeliest
+turn is kept: their observations agree, but a thought that was sampled badly would mislead the steps that follow.
 
 The authors' code runs every candidate on the live interpreter and the winner again; here the env previews them on
 forked state and commits the winner without running it twice. An env that cannot fork is voted on by the parsed action
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.base import Observation, ObservationKind
+from rollout.trajectory import Completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,21 @@ class Vote:
         return self.counts[self.winner] / len(self.counts)
 
 
-def vote(ballots: Sequence[str | None]) -> Vote:
-    """Majority over `ballots` [k] (None: dropped). Ties and all-different go to the earliest valid one; none valid:
-    the first."""
+def vote(ballots: Sequence[str | None], likelihoods: Sequence[float] | None = None) -> Vote:
+    """Majority over `ballots` [k] (None: dropped); `likelihoods` [k], larger is likelier, decide within the majority and
+    between ballots with as many votes. Without them the earliest does; when all were dropped, among all."""
     if not ballots:
         raise ValueError("vote needs at least one candidate")
     tally = Counter(ballot for ballot in ballots if ballot is not None)
     counts = tuple(tally[ballot] if ballot is not None else 0 for ballot in ballots)
-    return Vote(winner=counts.index(max(counts)), counts=counts)
+    tied = [i for i, count in enumerate(counts) if count == max(counts)]
+    return Vote(winner=tied[0] if likelihoods is None else max(tied, key=lambda i: likelihoods[i]), counts=counts)
+
+
+def likelihoods(completions: Sequence[Completion]) -> list[float] | None:
+    """[k] log-probability of each turn under the policy; None when the policy does not tell."""
+    totals = [sum(completion.logprobs) for completion in completions if completion.logprobs is not None]
+    return totals if len(totals) == len(completions) else None
 
 
 def ballot(observation: Observation) -> str | None:

@@ -11,8 +11,8 @@ from rollout.async_env import ThreadedEnv
 from rollout.dialects import CODE, COT
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.policy import PolicyError, ScriptedPolicy
-from rollout.self_consistency import ballot, vote
-from rollout.trajectory import FailureClass, SpanType, StopReason
+from rollout.self_consistency import ballot, likelihoods, vote
+from rollout.trajectory import Completion, FailureClass, SpanType, StopReason
 
 TASK = Task(id="t1", question="What is 6 times 7?", answer="42", kind="arithmetic")
 
@@ -180,6 +180,18 @@ def test_an_env_that_cannot_fork_is_voted_on_by_action():
 def test_vote(ballots, winner, counts):
     outcome = vote(ballots)
     assert (outcome.winner, outcome.counts) == (winner, counts)
+
+
+def test_the_likeliest_turn_of_the_majority_is_kept():
+    assert vote(["a", "b", "b"], [-1.0, -9.0, -2.0]).winner == 2
+    assert vote(["a", "b", "b", "a"], [-9.0, -3.0, -2.0, -1.0]).winner == 3
+    assert vote(["a", None, "c"], [-5.0, -1.0, -4.0]).winner == 2
+
+
+def test_likelihoods_are_sums_over_the_turn_or_nothing():
+    told = [Completion(text="x", logprobs=(-1.0, -0.5)), Completion(text="y", logprobs=(-0.25,))]
+    assert likelihoods(told) == [-1.5, -0.25]
+    assert likelihoods([*told, Completion(text="z")]) is None
 
 
 def test_ballots_are_normalised_and_final_answers_are_apart():
