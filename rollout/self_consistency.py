@@ -32,8 +32,8 @@ class Vote:
 
 
 def vote(ballots: Sequence[str | None], likelihoods: Sequence[float] | None = None) -> Vote:
-    """Majority over `ballots` [k] (None: dropped); `likelihoods` [k], larger is likelier, decide within the majority and
-    between ballots with as many votes. Without them the earliest does; when all were dropped, among all."""
+    """Majority over `ballots` [k] (None: dropped); among the candidates with the most votes `likelihoods` [k] decide,
+    larger is likelier; without them the earliest does. When all were dropped, that is among all."""
     if not ballots:
         raise ValueError("vote needs at least one candidate")
     tally = Counter(ballot for ballot in ballots if ballot is not None)
