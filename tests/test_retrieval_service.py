@@ -125,6 +125,25 @@ def test_queries_that_come_during_a_computation_form_the_next_batch() -> None:
     assert [len(batch) for batch in echo.batches] == [1, 5]
 
 
+def test_the_next_query_of_an_answered_caller_joins_those_that_waited() -> None:
+    echo = Echo(held=True)
+
+    async def scenario(service: RetrievalService):
+        async def loop() -> None:
+            await service.search("first", 1)
+            await service.search("again", 1)
+
+        caller = asyncio.create_task(loop())
+        await echo.entered()
+        late = [asyncio.create_task(service.search(f"late{number}", 1)) for number in range(3)]
+        await asyncio.sleep(0.25)  # a computation worth waiting after
+        echo.let_go()
+        await asyncio.gather(caller, *late)
+
+    serve(echo, scenario, max_wait_s=0)
+    assert [len(batch) for batch in echo.batches] == [1, 4]
+
+
 def test_identical_queries_in_flight_are_computed_once() -> None:
     echo = Echo()
 

@@ -6,8 +6,8 @@
 
 Encoding and exact search gain three to seven times from batches, so the first query waits 2 ms for company. Whatever
 arrives during a computation forms the next batch, together with what those just answered ask next (callers in a loop
-would else fall into two groups that take turns at half the size): it is waited for a tenth of that computation's time,
-2 ms at most. It is not a server: `ray_service` puts it into an actor.
+would else fall into two groups that take turns at half the size): until as many wait as were answered and waited then,
+or for a quarter of that computation's time, 50 ms at most. It is not a server: `ray_service` puts it into an actor.
 
 Who waits for what: a caller waits for its result, at most `timeout_s`; a query that nobody waits for any more is
 dropped before it is computed; more than `max_pending` waiting queries are refused at once.
@@ -31,7 +31,8 @@ from typing import Any
 from envs.base import EnvError
 from envs.retrieval.retriever import Hit, Retriever, check_k, clean_query
 
-_LULL = 0.1  # of a computation's time is waited for the next queries of those it answered
+_LULL = 0.25  # of a computation's time is waited, at most, for the next queries of those it answered
+_LONGEST_LULL_S = 0.05
 
 
 class RetrievalTimeout(EnvError):
@@ -127,7 +128,8 @@ class RetrievalService:
         self._pending: deque[_Flight] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._computing = False
-        self._not_before_s = 0.0  # of the monotonic clock: when a batch that is not full may go
+        self._lull_ends_s = 0.0  # of the monotonic clock: until then a batch of fewer than `_expected` is held back
+        self._expected = 0
         self._closed = False
         self._counts = dict.fromkeys(
             ("requests", "empty", "cached", "joined", "computed", "batches", "timeouts", "abandoned", "overloaded")
@@ -222,10 +224,14 @@ class RetrievalService:
         """See to it that the pending queries are computed when their time has come."""
         if self._computing or not self._pending:
             return
-        wait_s = max(self._pending[0].arrived_s + self.settings.max_wait_s, self._not_before_s) - time.monotonic()
+        ready_s = self._pending[0].arrived_s + self.settings.max_wait_s
+        if len(self._pending) < self._expected:
+            ready_s = max(ready_s, self._lull_ends_s)
+        wait_s = ready_s - time.monotonic()
+        self._cancel_timer()
         if wait_s <= 0 or len(self._pending) >= self.settings.max_batch:
             self._dispatch()
-        elif self._timer is None:
+        else:
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._dispatch)
 
     def _cancel_timer(self) -> None:
@@ -269,7 +275,8 @@ class RetrievalService:
         if error is None:
             results, seconds = done.result()
             self._compute_s += seconds
-            self._not_before_s = time.monotonic() + min(self.settings.max_wait_s, _LULL * seconds)
+            self._lull_ends_s = time.monotonic() + min(_LONGEST_LULL_S, _LULL * seconds)
+            self._expected = len(batch) + len(self._pending)
             for flight, hits in zip(batch, results, strict=True):
                 self._remember(flight.key, hits)
                 self._land(flight, hits=hits)
