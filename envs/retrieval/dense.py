@@ -2,7 +2,8 @@
 
 The FAISS scores choose candidates only: these are scored again from the embeddings, one query at a time. So an
 approximate index loses only what it did not see, scores mean the same in every kind, and a query's hits do not depend
-on its batch, although FAISS's two code paths (few queries, many queries) differ in the last bits.
+on its batch, although FAISS's two code paths (few queries, many queries) differ in the last bits. An encoder of dtype
+bfloat16 has a flat index searched in that dtype (`bfloat16_search`), where the CPU can; with float32 it is exact.
 
 Example::
 
@@ -16,6 +17,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+from envs.retrieval.bfloat16_search import Bfloat16Search, has_bfloat16
 from envs.retrieval.corpus import Corpus
 from envs.retrieval.encoders import Encoder
 from envs.retrieval.faiss_index import (
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 METRIC = "inner_product"
 _MARGIN = 8  # candidates beyond k, so that equal scores at the edge are ordered by id and not by chance
 _GPU_CANDIDATES = 2048
+_BFLOAT16_FROM_PASSAGES = 20_000
 _SCORE_DECIMALS = 6  # below the noise of float32 encoding
 
 
@@ -88,11 +91,23 @@ class DenseRetriever:
             raise ValueError(f"the index holds {self.cpu_index.ntotal} x {self.cpu_index.d}, not {embeddings.shape}")
         self._index = on_device(self.cpu_index, device)
         on_gpu = self._index is not self.cpu_index
+        # Not for few passages: there FAISS is as fast, and exact.
+        in_bfloat16 = (
+            kind == "flat"
+            and not on_gpu
+            and len(corpus) >= _BFLOAT16_FROM_PASSAGES
+            and getattr(encoder, "dtype", None) == "bfloat16"
+            and has_bfloat16()
+        )
+        if in_bfloat16:
+            self._index = Bfloat16Search(embeddings)
         # A GPU index is not safe for two threads, and finds 2,048 candidates at most.
         self._turn = threading.Lock() if on_gpu else contextlib.nullcontext()
         self._most = min(len(corpus), _GPU_CANDIDATES) if on_gpu else len(corpus)
         facts = {"kind": "dense", **dense_facts(corpus, encoder)}
-        if kind != "flat":
+        if in_bfloat16:
+            facts["index"] = [kind, "bfloat16"]
+        elif kind != "flat":
             facts["index"] = [kind, describe_search(self.cpu_index)]
         if embedded_by not in (None, encoder.fingerprint):
             facts["embedded_by"] = embedded_by
@@ -142,7 +157,7 @@ class DenseRetriever:
                 rows = rows[rows >= 0]  # an approximate index may find fewer
                 scores = np.round(self._embeddings[rows].astype(np.float64) @ vectors[at], _SCORE_DECIMALS)
                 order = np.lexsort((tie_rank[rows], -scores))
-                if may_widen and scores[order[-1]] == scores[order[min(k, count) - 1]]:
+                if may_widen and scores[order[-1]] == scores[order[min(k, len(order)) - 1]]:
                     tied.append(at)
                     continue
                 results[at] = [Hit(passage=self._corpus[int(rows[i])], score=float(scores[i])) for i in order[:k]]
