@@ -523,6 +523,8 @@ def test_long_chain_of_commits(session: Session):
         session.preview(["n += 1", "n += 2", "n"], no_tools)
         session.commit(1)
     assert run(session, "n").value == "80"
+    lowest_free = run(session, "import os\nos.open(os.__file__, os.O_RDONLY)").value
+    assert int(str(lowest_free)) < 20  # no commit leaves a descriptor open
 
 
 def test_candidates_share_no_file_offset(session: Session):

@@ -13,10 +13,10 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
+import ctypes
 import io
 import json
 import os
-import random
 import select
 import signal
 import socket
@@ -36,13 +36,16 @@ _SHOWN_AT_ONCE = 16
 _SHOWN_EVERY_S = 0.05
 # Kept here, so that code which changes the modules they come from does not lose its own step by it.
 _dumps, _loads, _monotonic = json.dumps, json.loads, time.monotonic
-_dup2, _exit, _fork, _close = os.dup2, os._exit, os.fork, os.close
+_dup2, _exit, _close = os.dup2, os._exit, os.close
 _signal, _setitimer, _getitimer, _mask = signal.signal, signal.setitimer, signal.getitimer, signal.pthread_sigmask
 _wake_up = signal.set_wakeup_fd
 _receive, _send, _socket = wire.receive, wire.send, socket.socket
 _compile, _exec, _eval = compile, exec, eval
 # Exact text of a subclass of str, and the true name of a type, whatever the code has defined over them.
 _exact, _name_of_type = str.__str__, type.__dict__["__name__"].__get__
+# The C library's fork, since this process has one thread and may not start another: Python's own would go on to renew
+# locks that nobody else can hold and to seed `random` anew, and so copy some two hundred pages in each candidate.
+_fork = ctypes.PyDLL(None, use_errno=True).fork
 _every_fd = select.poll()
 for _fd in range(3, 128):
     _every_fd.register(_fd, 0)
@@ -67,26 +70,12 @@ class ToolError(Exception):
 def serve(frames: socket.socket, *, tool_names: Sequence[str], limits: dict[str, Any], modules: Sequence[str]) -> None:
     """Do what the driver asks until it goes away. A fork becomes a server by itself, on a socket of its own."""
     interpreter = Interpreter(frames, tool_names=tool_names, limits=limits, modules=modules)
-    random_state = random.Random.getstate, random.Random.setstate
-    shared_random = random._inst  # type: ignore[attr-defined]
     while (received := _receive(interpreter.frames)) is not None:
         message, fds = received
         if "run" in message:
             _send(interpreter.frames, interpreter.run(message["run"], message["key"]))
         elif "fork" in message:
-            _signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-            # a fork gives `random` a fresh seed: candidates must not differ by it
-            state = random_state[0](shared_random)
-            while fds:
-                fd = fds.pop()
-                if _fork() == 0:
-                    random_state[1](shared_random, state)
-                    for other in fds:
-                        _close(other)
-                    interpreter.move_to(fd)
-                    _send(interpreter.frames, {"hello": True})
-                    break
-                _close(fd)
+            interpreter.fork_to(fds)
 
 
 class Interpreter:
@@ -101,6 +90,7 @@ class Interpreter:
         self._sources: dict[str, list[str]] = {}
         self._calls = 0
         self._armed = False
+        self._settled = False  # since the last step
         self._key = ""
         self._exceeded: tuple[str, str] | None = None  # name and message of the limit that this step has met
         self._final: str | None = None
@@ -116,25 +106,49 @@ class Interpreter:
         sys.set_int_max_str_digits(100_000)
         sys.stdin = io.StringIO("")
 
-    def move_to(self, fd: int) -> None:
+    def fork_to(self, fds: list[int]) -> None:
+        """Fork once per socket; each fork serves on its own. Returns in all of them. Raises `OSError`.
+
+        What all forks would do is done before them: every page that a fork writes to is copied.
+        """
+        self._settle()
+        hello = wire.encode({"hello": True})
+        sockets = {*fds, self.frames.fileno()}
+        not_open = {fd for fd, event in _every_fd.poll(0) if event & select.POLLNVAL}
+        others = [fd for fd in range(3, 128) if fd not in sockets and fd not in not_open]
+        while fds:
+            fd = fds.pop()
+            pid = _fork()
+            if pid < 0:
+                raise OSError(ctypes.get_errno(), "fork")
+            if pid == 0:
+                for sibling in fds:
+                    _close(sibling)
+                self.move_to(fd, others)
+                self.frames.sendall(hello)
+                return
+            _close(fd)
+
+    def move_to(self, fd: int, others: Sequence[int]) -> None:
         """Serve on another socket: what a fresh candidate does first.
 
-        Every other descriptor is turned into /dev/null, since a file opened before the fork shares its offset with the
-        siblings.
+        `others`, all descriptors but the sockets, are turned into /dev/null, since a file opened before the fork shares
+        its offset with the siblings.
         """
+        self._settled = True
         self.frames.close()
         # family, type and protocol are given, since asking the descriptor for them is not allowed any more
         self.frames = _socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
-        not_open = {other for other, event in _every_fd.poll(0) if event & select.POLLNVAL}
-        for other in range(3, 128):
-            if other != fd and other not in not_open:
-                _dup2(0, other)
+        for other in others:
+            _dup2(0, other)
 
     def run(self, code: str, key: str) -> dict[str, Any]:
         """Run one step; returns the frame that tells of it. The driver takes frames with this `key` only."""
         self._steps += 1
         self._key = key
-        self._settle()
+        if not self._settled:
+            self._settle()
+        self._settled = False
         filename = f"<step {self._steps}>"
         self._sources[filename] = code.splitlines()
         self._final, self._is_final = None, False
