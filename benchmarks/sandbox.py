@@ -5,8 +5,8 @@ python benchmarks/sandbox.py --quick    # fewer repetitions, 40 episodes at once
 
 All layers of the sandbox that this machine grants are on, and numpy and sympy are loaded. Processor time is that of
 all processes (driver, zygote, keeper, state holder, candidates), as a control group counts it; where no control group
-can be made that row is left unmeasured. "Bare forks" are forks that only exit, of a process that has loaded the same
-modules.
+can be made that row is left unmeasured. "Bare forks" are calls of `os.fork()` whose children only exit, in a process
+that has loaded the same modules; candidates are forked without Python's hooks, from huge pages, so they start cheaper.
 """
 
 from __future__ import annotations

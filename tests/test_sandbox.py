@@ -527,6 +527,12 @@ def test_long_chain_of_commits(session: Session):
     assert int(str(lowest_free)) < 20  # no commit leaves a descriptor open
 
 
+def test_candidates_draw_the_numbers_that_the_state_would(session: Session):
+    run(session, "import random")
+    seen = session.preview(["random.random()", "random.random() + 0"], no_tools)
+    assert seen[0].value == seen[1].value == run(session, "random.random()").value
+
+
 def test_candidates_share_no_file_offset(session: Session):
     run(session, "import os\nf = open(os.__file__)")
     first, second = session.preview(["f.read(10)", "f.read(10) + ''"], no_tools)
