@@ -59,7 +59,8 @@ class DenseRetriever:
 
     `index` is a FAISS index of the same rows, of the kind that `kind` says; without one it is built. Memory: the index,
     and 4 bytes x n x dim for the array that candidates are scored from, which may be memory-mapped; 2 bytes more where
-    the search is in bfloat16 (20,000 passages or more, see the module's docstring). `embedded_by` is the fingerprint of the encoder that made the embeddings, where that is not `encoder` (one of another dtype, say).
+    the search is in bfloat16 (20,000 passages or more, see the module's docstring). `embedded_by` is
+    the fingerprint of the encoder that made the embeddings, where that is not `encoder` (one of another dtype, say).
     Raises `ValueError` when the embeddings do not fit corpus and encoder.
     """
 
