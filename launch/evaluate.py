@@ -3,7 +3,7 @@
 As a command it scores any student folder beside a run's own, greedy and with self-consistent actions, on the run's
 world:
 
-    python -m launch.evaluate runs/starter-seed0/learner/snapshots/50 --run runs/starter-seed0
+    python -m launch.evaluate runs/starter-seed0/learner/snapshots/0.1 --run runs/starter-seed0 --count 300
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("student", help="a Hugging Face folder")
     parser.add_argument("--run", required=True, help="the run whose world and settings are used")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: greedy, self_consistent")
+    parser.add_argument("--count", type=int, help="starter world: held-out tasks of each kind; default: the run's")
     parser.add_argument("--out", help="folder for its ledgers; default: evaluation/<student's name> in the run")
     options = parser.parse_args(arguments)
     try:
@@ -150,6 +151,8 @@ def _evaluate_folder(options: argparse.Namespace) -> int:
         raise ConfigError(f"mode {unknown.pop()!r} is unknown; there are {', '.join(MODES)}")
     folder = RunFolder(options.run)
     config = folder.config()
+    if options.count is not None:
+        config = replace(config, tasks=replace(config.tasks, test_count=options.count))
     world = load_world(config, folder.index)
     out = Path(options.out) if options.out else folder.scores / student.name
     view, scores = LiveView(), {}
