@@ -472,6 +472,11 @@ HITS = [
             '{"result": ""}',
         ),
         (
+            "search_r1",
+            'Doc 1(Title: "Alû") Alû is a demon.\nIt has no mouth. \nDoc 2(Title: A bare text) \n',
+            "",
+        ),
+        (
             "skyrl",
             '\n<information>Doc 1: "Alû"\nAlû is a demon.\nIt has no mouth.\nDoc 2: A bare text\n</information>\n',
             "\n<information></information>\n",
@@ -490,7 +495,7 @@ def test_formatters_byte_for_byte(name: str, shown: str, nothing: str) -> None:
 
 
 def test_an_unknown_formatter_is_named() -> None:
-    with pytest.raises(ValueError, match="'json' does not exist; there are numbered, paper, skyrl"):
+    with pytest.raises(ValueError, match="'json' does not exist; there are numbered, paper, search_r1"):
         web_search_tool(lambda query, k: [], k=3, formatter="json")
 
 

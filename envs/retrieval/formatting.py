@@ -1,14 +1,14 @@
 """How hits become the text of an observation: named formatters, one function each.
 
 A student learns from the very bytes that its teacher saw, so each of these is fixed; a change is a new name. `paper`,
-`verl` and `skyrl` reproduce what models of those projects were trained on.
+`verl`, `search_r1` and `skyrl` reproduce what models of those projects were trained on.
 
 Example::
 
     format_hits("numbered", hits)        # '[1] Paris: Paris is the capital of France.\\n[2] ...'
 
 Sources: agent-distillation (arXiv 2505.17612, its WikipediaRetrieverTool), verl (tools/utils/search_r1_like_utils.py),
-SkyRL (skyrl_gym/tools/search.py and envs/search/env.py).
+SkyRL (skyrl_gym/tools/search.py and envs/search/env.py), Search-R1 (search_r1/llm_agent/generation.py).
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ def verl_json(hits: Sequence[Hit]) -> str:
     return json.dumps({"result": verl(hits)}, ensure_ascii=False)
 
 
+def search_r1(hits: Sequence[Hit]) -> str:
+    """As Search-R1's generation loop has it, between its `<information>` tags, which env `search` writes."""
+    parts = []
+    for number, hit in enumerate(hits, start=1):
+        title, _, text = hit.passage.contents.partition("\n")
+        parts.append(f"Doc {number}(Title: {title}) {text}\n")
+    return "".join(parts)
+
+
 def skyrl(hits: Sequence[Hit]) -> str:
     """As SkyRL's search env shows it, without its JSON object."""
     return f"\n<information>{_skyrl_documents(hits)}</information>\n"
@@ -73,6 +82,7 @@ FORMATTERS: dict[str, Formatter] = {
     "paper": paper,
     "verl": verl,
     "verl_json": verl_json,
+    "search_r1": search_r1,
     "skyrl": skyrl,
     "skyrl_json": skyrl_json,
 }
