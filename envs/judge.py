@@ -22,11 +22,9 @@ import asyncio
 import atexit
 import contextlib
 import hashlib
-import ipaddress
 import json
 import logging
 import os
-import random
 import re
 import threading
 import time
@@ -35,9 +33,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 from envs.base import EnvError, Task
+from envs.endpoints import delay_s, is_local, may_pass
 from envs.grading import normalise
 from envs.grading_store import JudgeStore, Reply
 
@@ -60,8 +58,6 @@ End with a line that is either "Verdict: correct" or "Verdict: incorrect"."""
 
 _OPENAI = "https://api.openai.com/v1"
 _AGAIN = 'Answer with one line only, either "Verdict: correct" or "Verdict: incorrect".'
-_FIRST_DELAY_S = 0.5
-_LONGEST_DELAY_S = 30.0
 
 _SAID = {
     **dict.fromkeys(("correct", "yes", "true", "right", "equivalent"), True),
@@ -138,7 +134,7 @@ class Judge:
         self.spec = spec
         self.base_url = (spec.base_url or _OPENAI).rstrip("/")
         self._key = os.environ.get(spec.api_key_env, "")
-        if not self._key and not _is_local(self.base_url):
+        if not self._key and not is_local(self.base_url):
             raise EnvError(f"the judge at {self.base_url} needs a key: set the environment variable {spec.api_key_env}")
         self._store = JudgeStore(spec.cache_path)
         self._lock = threading.Lock()
@@ -288,10 +284,10 @@ class Judge:
                 if tried == self.spec.max_retries:
                     raise EnvError(f"{self._name} failed, tried {tried + 1} times: {_describe(error)}") from error
                 self._count(retries=1)
-                delay_s = _delay_s(error, tried)
+                wait_s = delay_s(error, tried)
                 if getattr(error, "status_code", None) == 429:  # the others wait as well
-                    await asyncio.to_thread(self._store.hold_off, delay_s)
-                await asyncio.sleep(delay_s)
+                    await asyncio.to_thread(self._store.hold_off, wait_s)
+                await asyncio.sleep(wait_s)
             else:
                 self._count(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
                 return text, prompt_tokens, completion_tokens
@@ -358,37 +354,11 @@ def _read(response: Any) -> tuple[str, int, int]:
 
 
 def _passes(error: Exception) -> bool:
-    from openai import APIConnectionError, APIResponseValidationError, APIStatusError
-
-    if isinstance(error, APIStatusError):
-        if getattr(error, "code", None) == "insufficient_quota":
-            return False
-        return error.status_code in (408, 409, 425, 429) or error.status_code >= 500
-    # ValueError: a body that is no JSON though it says so.
-    transient = (APIConnectionError, APIResponseValidationError, _UnusableAnswerError, TimeoutError, ValueError)
-    return isinstance(error, transient)
-
-
-def _delay_s(error: Exception, tried: int) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    try:
-        return max(0.0, float(headers.get("retry-after", "")))
-    except ValueError:  # absent, or a date: the usual delays are as good
-        return min(_FIRST_DELAY_S * 2**tried, _LONGEST_DELAY_S) * random.uniform(0.75, 1.0)
+    return may_pass(error) or isinstance(error, (_UnusableAnswerError, TimeoutError))
 
 
 def _describe(error: Exception) -> str:
     return (str(error) or type(error).__name__)[:500]
-
-
-def _is_local(base_url: str) -> bool:
-    """This machine or its private network: an address that is not public, or a host name without a dot."""
-    host = urlsplit(base_url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "." not in host
-    return address.is_private or address.is_loopback
 
 
 _shared: Judge | None = None

@@ -28,14 +28,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import os
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
 
+from envs.endpoints import delay_s, is_local, may_pass
 from rollout.policy import PolicyError, Sampling
 from rollout.trajectory import Completion, FailureClass, Message
 
@@ -43,8 +41,6 @@ Prefill = Literal["auto", "continue", "message", "none"]
 
 _OPENAI = "https://api.openai.com/v1"
 _CHECK_TIMEOUT_S = 5.0
-_FIRST_DELAY_S = 0.5
-_LONGEST_DELAY_S = 30.0
 _MAX_STOPS = 4
 """What the API allows, and vLLM's server too."""
 _T = TypeVar("_T")
@@ -98,7 +94,7 @@ class OpenAIPolicy:
         }
         self._takes_n = True
         key = os.environ.get(api_key_env, "")
-        if not key and not _is_local(self.base_url):
+        if not key and not is_local(self.base_url):
             raise PolicyError(
                 f"the endpoint {self.base_url} needs a key: set the environment variable {api_key_env}",
                 FailureClass.INPUT,
@@ -297,7 +293,7 @@ class OpenAIPolicy:
                 if not _passes(error) or tried == self._max_retries:
                     raise self._failure(error, tried + 1) from error
                 self._counts["retries"] += 1
-                await asyncio.sleep(_delay_s(error, tried))
+                await asyncio.sleep(delay_s(error, tried))
         raise AssertionError("the loop returns or raises")
 
     def _failure(self, error: Exception, attempts: int = 1) -> PolicyError:
@@ -339,16 +335,6 @@ def _is_vllm(models: Sequence[dict[str, Any]]) -> bool:
     return any(model.get("owned_by") == "vllm" for model in models)
 
 
-def _is_local(base_url: str) -> bool:
-    """This machine or its private network: an address that is not public, or a host name without a dot."""
-    host = urlsplit(base_url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "." not in host
-    return address.is_private or address.is_loopback
-
-
 def _with_prefix(text: str, prefix: str, *, exact: bool) -> str:
     """The turn with its prefix; a reply that repeats it (up to white space around it) does not get it twice."""
     if exact or not prefix:
@@ -358,22 +344,7 @@ def _with_prefix(text: str, prefix: str, *, exact: bool) -> str:
 
 
 def _passes(error: Exception) -> bool:
-    from openai import APIConnectionError, APIResponseValidationError, APIStatusError
-
-    if isinstance(error, APIStatusError):
-        if getattr(error, "code", None) == "insufficient_quota":
-            return False
-        return error.status_code in (408, 409, 425, 429) or error.status_code >= 500
-    # ValueError: a body that is no JSON though it says so.
-    return isinstance(error, APIConnectionError | APIResponseValidationError | _UnusableAnswerError | ValueError)
-
-
-def _delay_s(error: Exception, tried: int) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    try:
-        return max(0.0, float(headers.get("retry-after", "")))
-    except ValueError:  # absent, or a date: the usual delays are as good
-        return min(_FIRST_DELAY_S * 2**tried, _LONGEST_DELAY_S) * random.uniform(0.75, 1.0)
+    return may_pass(error) or isinstance(error, _UnusableAnswerError)
 
 
 def _too_long(error: Exception) -> bool:

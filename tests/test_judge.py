@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback_server import Answer, AnsweringHandler, LoopbackServer
 
 from envs import judge as judge_module
 from envs.base import EnvError, Task
@@ -23,10 +23,6 @@ from envs.grading_store import JudgeStore
 from envs.judge import Judge, JudgeSpec, configure_judge, read_verdict
 
 TASK = Task(id="t", question="Who was {Milhouse} named after?", answer="Richard Nixon", kind="factual", grader="judge")
-Answer = tuple[int, dict[str, str], bytes]
-"""Status, headers, body."""
-
-
 def reply(text: Any, **usage: int) -> Answer:
     body = {
         "id": "x",
@@ -47,7 +43,7 @@ def error(status: int, **headers: str) -> Answer:
 CORRECT, INCORRECT = reply("They agree.\nVerdict: correct"), reply("They do not.\nVerdict: incorrect")
 
 
-class Endpoint:
+class Endpoint(LoopbackServer):
     """What the server says: `script` in order, then `answer(prompt)`; a number is silence of so many seconds."""
 
     def __init__(self) -> None:
@@ -58,12 +54,7 @@ class Endpoint:
         self._lock = threading.Lock()
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
+        class Handler(AnsweringHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with endpoint._lock:
@@ -74,26 +65,9 @@ class Endpoint:
                 if isinstance(step, float | int):
                     time.sleep(step)
                     step = CORRECT
-                status, headers, body = step or endpoint.answer(request["messages"][0]["content"])
-                try:
-                    self.send_response(status)
-                    for name, value in {**headers, "content-length": str(len(body))}.items():
-                        self.send_header(name.replace("_", "-"), value)
-                    self.end_headers()
-                    self.wfile.write(body)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client gave up on us, as some tests want
+                self.send(step or endpoint.answer(request["messages"][0]["content"]))
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
+        super().__init__(Handler)
 
 
 @pytest.fixture

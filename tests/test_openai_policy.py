@@ -7,10 +7,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
 import pytest
+from loopback_server import Answer, AnsweringHandler, LoopbackServer
 
 from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import PolicyError, Sampling
@@ -18,10 +18,6 @@ from rollout.trajectory import Completion, FailureClass, Message
 
 MESSAGES = [Message(role="system", content="You act."), Message(role="user", content="What is 6 * 7?")]
 T = TypeVar("T")
-
-Answer = tuple[int, dict[str, str], bytes]
-"""Status, headers, body."""
-
 
 def answer(body: Any, status: int = 200, **headers: str) -> Answer:
     return status, {"content-type": "application/json", **headers}, json.dumps(body).encode()
@@ -51,7 +47,7 @@ def models(*names: str, owner: str) -> Answer:
     return answer({"object": "list", "data": [{"id": name, "object": "model", "owned_by": owner} for name in names]})
 
 
-class Endpoint:
+class Endpoint(LoopbackServer):
     """What the server says: `script` in order, then `reply(request)` for ever."""
 
     def __init__(self) -> None:
@@ -66,15 +62,10 @@ class Endpoint:
         self._lock = threading.Lock()
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
+        class Handler(AnsweringHandler):
             def do_GET(self) -> None:
                 endpoint.keys.append(self.headers.get("authorization", ""))
-                self._send(endpoint.models)
+                self.send(endpoint.models)
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -89,29 +80,9 @@ class Endpoint:
                     step = chat(choice("too late"))
                 with endpoint._lock:
                     endpoint._now -= 1
-                self._send(step)
+                self.send(step)
 
-            def _send(self, step: Answer) -> None:
-                status, headers, body = step
-                try:
-                    self.send_response(status)
-                    for name, value in {**headers, "content-length": str(len(body))}.items():
-                        self.send_header(name.replace("_", "-"), value)
-                    self.end_headers()
-                    self.wfile.write(body)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client gave up on us, as some tests want
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
+        super().__init__(Handler)
 
 
 @pytest.fixture
