@@ -26,6 +26,11 @@ class PolicySpec:
     max_model_len: int = 4096
     max_num_seqs: int = 64
     tensor_parallel_size: int = 1
+    """GPUs that share each layer."""
+    pipeline_parallel_size: int = 1
+    """Groups of such GPUs that share the layers between them, over nodes if need be."""
+    data_parallel_size: int = 1
+    """Engines, each with all the weights on GPUs of its own; each is a worker."""
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
     enforce_eager: bool = False
