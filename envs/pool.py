@@ -45,6 +45,8 @@ class EnvSpec:
     search_results: int = 2
     """Passages that one web_search shows."""
     search_format: str = "numbered"
+    context_passages: int = 0
+    """Env "answer" alone: so many passages, found with the question, stand in front of it (CoT + retrieval)."""
     modules: tuple[str, ...] = DEFAULT_MODULES
     """What code may import. Loaded once a host and shared by its episodes; large ones (numpy, sympy) make each start
     some 15 ms slower."""
@@ -65,14 +67,22 @@ class EnvSpec:
             raise ValueError(f"env {self.name!r} is unknown; there are {', '.join(ENV_NAMES)}")
         if self.mcp_servers and self.name not in ("code", "tool"):
             raise ValueError(f"env {self.name!r} calls no tools, so mcp_servers must be left out")
+        if self.context_passages < 0:
+            raise ValueError(f"context_passages={self.context_passages} must not be negative")
+        if self.context_passages and self.name != "answer":
+            raise ValueError(
+                f"context_passages={self.context_passages} is for env 'answer'; "
+                f"in env {self.name!r} the agent searches by itself, so leave it out"
+            )
 
 
 class EnvHost:
     """Many envs of one spec in one process, by slot number. Its methods block; call them from several threads."""
 
     def __init__(self, spec: EnvSpec, search: SearchFunction | None = None) -> None:
-        if spec.name == "search" and search is None:
-            raise ValueError("env 'search' needs something to search: give it a retriever")
+        if search is None and (spec.name == "search" or spec.context_passages):
+            what = "'search'" if spec.name == "search" else f"'answer' with context_passages={spec.context_passages}"
+            raise ValueError(f"env {what} needs something to search: give it a retriever")
         self._spec = spec
         self._envs: dict[int, Env] = {}
         self._tools: list[Tool] = []

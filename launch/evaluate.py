@@ -24,6 +24,7 @@ from launch.intervals import Score, score
 from launch.live import LiveView
 from launch.wiring import Environments, start_collection
 from rollout.collector import Weights
+from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
 from rollout.policy_spec import PolicySpec
@@ -57,7 +58,7 @@ def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
         config.episode,
         first_thought=False,
         max_tokens=evaluate.max_tokens,
-        fruitless_steps=evaluate.fruitless_steps,
+        early_exit=EarlyExit(unparsed_turns=evaluate.fruitless_steps),
         candidates=1,
         temperature=0.0,
         top_p=1.0,

@@ -16,12 +16,14 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from envs.base import EnvError, Observation, ObservationKind, StepResult, Task
 from rollout.async_env import AsyncEnv
 from rollout.dialects import COT, DIALECTS, Dialect, ParsedTurn
+from rollout.early_exit import EarlyExit, fruitless
 from rollout.first_thought import first_thought
+from rollout.guidance import GUIDES, GuideKind
 from rollout.policy import Policy, PolicyError, Sampling
 from rollout.self_consistency import action_ballot, ballot, likelihoods, vote
 from rollout.trajectory import (
@@ -37,6 +39,10 @@ from rollout.trajectory import (
     trajectory_key,
 )
 
+_ALWAYS_IN_KEY = (
+    "dialect", "max_steps", "max_tokens", "temperature", "top_p", "candidates", "first_thought", "seed"
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeSettings:
@@ -51,14 +57,25 @@ class EpisodeSettings:
     candidates: int = 1
     """k of self-consistent action generation; 1 samples one action a step."""
     first_thought: bool = False
-    fruitless_steps: int = 0
-    """End the episode after so many turns in a row that could not be parsed; 0 never does (cf. arXiv 2505.17616)."""
     deadline_s: float = 300.0
     seed: int = 0
+    early_exit: EarlyExit = EarlyExit()
+    """When to give up an episode that gets nowhere."""
+    guide: GuideKind = "none"
+    """What of the task's metadata the policy is shown behind the question, and a student is not."""
+    prompt: Literal["student", "teacher"] = "student"
+    """Which system prompt the policy is shown: the student's short one, or one with the tools and worked examples. The
+    trajectory is trained with the student's either way."""
+    logprobs: bool = True
+    """Ask for the log-probabilities of what is sampled, where a policy has them."""
 
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
             raise ValueError(f"dialect {self.dialect!r} is unknown; there are {sorted(DIALECTS)}")
+        if self.guide not in GUIDES:
+            raise ValueError(f"guide {self.guide!r} is unknown; there are {', '.join(GUIDES)}")
+        if self.prompt not in ("student", "teacher"):
+            raise ValueError(f"prompt {self.prompt!r} is unknown; there are student, teacher")
         if self.candidates > 1 and self.temperature <= 0:
             raise ValueError(
                 f"candidates={self.candidates} need a temperature above 0, not {self.temperature}: "
@@ -66,8 +83,13 @@ class EpisodeSettings:
             )
 
     def key(self, task: Task, policy: str, sample_index: int) -> str:
-        settings = asdict(self)
-        del settings["deadline_s"]  # how long we wait changes nothing in what is sampled
+        # Left out: what changes nothing in what is sampled, and later knobs at their defaults, which must therefore
+        # stay what they are: ledgers of before a knob was there keep their keys.
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _ALWAYS_IN_KEY}
+        settings["fruitless_steps"] = self.early_exit.unparsed_turns  # its name before there were other reasons
+        exits = {name: n for name, n in asdict(self.early_exit).items() if n and name != "unparsed_turns"}
+        later = {"early_exit": exits, "guide": self.guide, "prompt": self.prompt}
+        settings |= {name: value for name, value in later.items() if value not in ({}, "none", "student")}
         return trajectory_key(task_id=task.id, policy=policy, sample_index=sample_index, settings=settings)
 
 
@@ -134,7 +156,7 @@ class _Episode:
             if turn.stop is not None:
                 self.reward, self.prediction = turn.reward, turn.prediction
                 return turn.stop
-            if self._fruitless():
+            if fruitless(self.steps, self.settings.early_exit):
                 return StopReason.FRUITLESS
             completion = turn.step.completion
             messages += [
@@ -144,12 +166,6 @@ class _Episode:
                 observation_message(turn.step.observation),
             ]
         return StopReason.MAX_STEPS
-
-    def _fruitless(self) -> bool:
-        last = self.steps[-self.settings.fruitless_steps :] if self.settings.fruitless_steps else []
-        return len(last) == self.settings.fruitless_steps > 0 and all(
-            step.observation_kind is ObservationKind.PARSE_ERROR for step in last
-        )
 
     async def _turn(self, messages: Sequence[Message], index: int, prefix: str) -> _Turn:
         asked = time.monotonic()
@@ -221,7 +237,7 @@ class _Episode:
             max_tokens=settings.max_tokens,
             stop=self.dialect.stop,
             seed=(self.seed + index) % 2**31,
-            logprobs=candidates > 1,  # what decides between candidates that agree
+            logprobs=settings.logprobs or candidates > 1,  # they decide between candidates that agree
             timeout_s=settings.deadline_s,
         )
 

@@ -9,6 +9,7 @@ from envs.base import EnvError, Observation, ObservationKind, StepResult, Task
 from envs.grading import grade
 from rollout.async_env import ThreadedEnv
 from rollout.dialects import CODE, COT
+from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.policy import PolicyError, ScriptedPolicy
 from rollout.self_consistency import ballot, likelihoods, vote
@@ -122,7 +123,8 @@ def test_policy_errors_are_classified(failure_class, stop):
 
 def test_fruitless_turns_in_a_row_end_it():
     replies = ["nothing", code("add 1"), "nothing", "nothing", code("say")]
-    trajectory = run(lambda messages, i: replies[sum(m.role == "assistant" for m in messages)], fruitless_steps=2)
+    rule = EarlyExit(unparsed_turns=2)
+    trajectory = run(lambda messages, i: replies[sum(m.role == "assistant" for m in messages)], early_exit=rule)
     assert trajectory.stop_reason is StopReason.FRUITLESS and len(trajectory.steps) == 4
 
 
