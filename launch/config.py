@@ -1,30 +1,22 @@
-"""The typed schema of a run, and how it is read: Hydra composes `configs/`, pydantic checks it, before anything starts.
+"""The typed schema of the jobs: `DistillConfig` of the whole loop, `CollectConfig` of collection alone.
 
-An unknown key, a wrong type or an impossible value ends in a `ConfigError` of one line that names it.
-
-Example::
-
-    config = load_config(["recipe=starter", "seed=1", "learner.epochs=2"])
-    config.learner.epochs      # 2
+`launch.config_reading` makes them of `configs/` and overrides. What both have is `JobConfig`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 from envs.pool import EnvSpec
 from envs.tasks import Columns
-from learner.config import ConfigError, LearnerConfig
+from learner.config import LearnerConfig
 from rollout.episode import EpisodeSettings
 from rollout.policy_spec import PolicySpec
 
 DIALECT_OF_ENV = {"code": "code", "answer": "cot", "tool": "tool", "search": "search"}
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +50,6 @@ class TasksConfig:
     """files: leave training tasks out whose question is a test question too; without it such files are an error."""
 
     def __post_init__(self) -> None:
-        if self.source == "files" and not (self.train and self.test):
-            raise ValueError("source 'files' needs at least one file in both tasks.train and tasks.test")
         if self.train_count < 1 or self.test_count < 1:
             raise ValueError(
                 f"train_count and test_count must be at least 1, not {self.train_count} and {self.test_count}"
@@ -129,23 +119,40 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
-    """A whole run of `launch/distill.py`."""
+class TeacherShare:
+    """One of several teachers."""
+
+    teacher: PolicySpec
+    weight: float = 1.0
+    """`share: split`: its part of the episodes is its weight over the sum of all."""
+    workers: int | None = None
+    """None takes rollout.workers."""
+    concurrency: int | None = None
+    """None takes rollout.concurrency."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"the weight of a teacher must be above 0, not {self.weight}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """What every job that collects has."""
 
     recipe: str
     """Name of the recipe, for people."""
     seed: int
-    run_dir: str
-    """Everything the run leaves behind; a second run of the same command goes on in it."""
     tasks: TasksConfig
     env: EnvSpec
     retrieval: RetrievalConfig
     teacher: PolicySpec
+    teachers: tuple[TeacherShare, ...] = ()
+    """Several teachers at once, instead of `teacher`."""
+    share: Literal["split", "all"] = "split"
+    """split: each (task, sample) goes to one teacher, by weight; all: every teacher does every one of them."""
     episode: EpisodeSettings
     """How teacher episodes are run."""
     rollout: RolloutConfig
-    learner: LearnerConfig
-    evaluate: EvaluateConfig
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
@@ -155,84 +162,42 @@ class DistillConfig:
                 f"env.name {self.env.name!r} does not go with episode.dialect {self.episode.dialect!r}: "
                 f"use episode.dialect={wanted}"
             )
+        names = Counter(share.teacher.policy_name for share in self.all_teachers)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"two teachers are named {twice[0]!r}: give each a teacher.name of its own")
+
+    @property
+    def all_teachers(self) -> tuple[TeacherShare, ...]:
+        return self.teachers or (TeacherShare(teacher=self.teacher),)
 
 
-def load_config(overrides: Sequence[str] = (), *, name: str = "distill") -> DistillConfig:
-    """Compose `configs/<name>.yaml` with Hydra overrides and check it. Raises `ConfigError`."""
-    return parse_config(compose(overrides, name=name))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig(JobConfig):
+    """A whole run of `launch/distill.py`."""
+
+    run_dir: str
+    """Everything the run leaves behind; a second run of the same command goes on in it."""
+    learner: LearnerConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)  # `super()` finds no class in a dataclass with slots
+        if self.tasks.source == "files" and not (self.tasks.train and self.tasks.test):
+            raise ValueError("source 'files' needs at least one file in both tasks.train and tasks.test")
 
 
-def compose(overrides: Sequence[str] = (), *, name: str = "distill") -> dict[str, Any]:
-    """The composed configuration as plain data, every interpolation resolved."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectConfig(JobConfig):
+    """A run of `launch/collect.py`."""
 
-    try:
-        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            composed = hydra_compose(name, overrides=[_override(text) for text in overrides])
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    out: str
+    """Folder or `s3://bucket/path` of everything that the collection leaves behind; run again, it goes on there."""
+    scratch: str
+    """Folder for what can be made again (index, caches)."""
+    split: Literal["train", "test"] = "train"
+    """Which of the tasks."""
 
-
-def parse_config(plain: Mapping[str, Any]) -> DistillConfig:
-    """Plain data to the typed schema. Raises `ConfigError`."""
-    from pydantic import TypeAdapter, ValidationError
-
-    _refuse_unknown(DistillConfig, plain, "")
-    try:
-        return TypeAdapter(DistillConfig).validate_python(plain)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], (dict, Mapping)) else f" (it is {first['input']!r})"
-        raise ConfigError(f"config {place}: {message}{given}" if place else f"config: {message}") from None
-
-
-def to_plain(config: Any) -> Any:
-    """The typed configuration as JSON-able data."""
-    if dataclasses.is_dataclass(config):
-        return {spec.name: to_plain(getattr(config, spec.name)) for spec in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {str(key): to_plain(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [to_plain(value) for value in config]
-    return config
-
-
-def _override(text: str) -> str:
-    """`a.b=1` may set a field that no YAML file names, since the schema has it; unknown ones are refused by the
-    schema."""
-    key = text.partition("=")[0]
-    is_group = (CONFIG_FOLDER / key).is_dir()
-    return text if is_group or not key[:1].isalpha() else f"++{text}"
-
-
-def _refuse_unknown(schema: type, plain: Mapping[str, Any], place: str) -> None:
-    """Pydantic lets unknown keys of standard dataclasses pass; a typo must not."""
-    hints = get_type_hints(schema)
-    for key, value in plain.items():
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            advice = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(hints)}"
-            raise ConfigError(f"config {place}{key}: unknown key; {advice}")
-        for nested in (hints[key], *get_args(hints[key])):
-            if dataclasses.is_dataclass(nested) and isinstance(nested, type):
-                items = value if isinstance(value, list) else [value]
-                for item in items:
-                    if isinstance(item, Mapping):
-                        _refuse_unknown(nested, item, f"{place}{key}.")
-
-
-def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages, without search paths and hints that span lines."""
-    lines = [line.strip() for line in str(error).split("Config search path")[0].splitlines() if line.strip()]
-    place = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-    return " ".join(["config", place]).strip() + ": " + " ".join(kept)
+    def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)
+        if self.tasks.source == "files" and not getattr(self.tasks, self.split):
+            raise ValueError(f"source 'files' needs at least one file in tasks.{self.split}")

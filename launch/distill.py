@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cfg", action="store_true", help="print the configuration as YAML and stop")
     options = parser.parse_args(arguments)
 
-    from launch.config import ConfigError, compose, parse_config
+    from launch.config_reading import compose, parse_config
+    from learner.config import ConfigError
 
     try:
         plain = compose(options.overrides)

@@ -19,10 +19,11 @@ if __name__ == "__main__" and not __package__:  # run as a file: imports come fr
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from envs.base import Task
-from launch.config import ConfigError, DistillConfig
+from launch.config import DistillConfig
 from launch.intervals import Score, score
 from launch.live import LiveView
 from launch.wiring import Environments, start_collection
+from learner.config import ConfigError
 from rollout.collector import Weights
 from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings

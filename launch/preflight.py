@@ -6,7 +6,8 @@ import asyncio
 import os
 from pathlib import Path
 
-from launch.config import ConfigError, DistillConfig
+from launch.config import DistillConfig
+from learner.config import ConfigError
 from rollout.policy import PolicyError
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.config import DistillConfig, parse_config, to_plain
+from launch.config import DistillConfig
+from launch.config_reading import parse_config, to_plain
 
 # What may differ between two jobs on the same folder: where it runs and how long it waits, not what it computes.
 FREE = ("cluster", "rollout.concurrency", "rollout.workers", "rollout.env_hosts", "rollout.env_timeout_s",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import CONFIG_FOLDER, ConfigError, compose, load_config, parse_config, to_plain
+from launch.config_reading import CONFIG_FOLDER, compose, load_config, parse_config, to_plain
+from learner.config import ConfigError
 
 RECIPES = sorted(path.stem for path in (CONFIG_FOLDER / "recipe").glob("*.yaml"))
 NO_FILE = "[{path: /no/such.jsonl, kind: k}]"
