@@ -15,9 +15,18 @@ from rollout.trajectory import Completion, FailureClass, Message
 class PolicyError(RuntimeError):
     """The policy could not answer (engine dead, endpoint down, prompt too long): our failure, never the model's."""
 
+    ends_collection = False
+    """True: no other episode of this worker can go on either, so none is blamed for it."""
+
     def __init__(self, message: str, failure_class: FailureClass = FailureClass.ENGINE) -> None:
         super().__init__(message)
         self.failure_class = failure_class
+
+
+class EngineDiedError(PolicyError):
+    """The engine is gone, and with it every request that it had: the worker must be started anew."""
+
+    ends_collection = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
