@@ -1,12 +1,13 @@
 """vLLM's two engines behind one small seam, `VllmEngine`. The only file that imports vllm, and it does so late.
 
 `InProcessEngine` steps vLLM's synchronous engine in a thread of this process: the fastest start and the least memory
-on a CPU. `AsyncEngine` drives `AsyncLLM`, which keeps a GPU busy from a process of its own. Both batch continuously,
-and both answer callers of any event loop. Messages, text and seeds are not their business: see `rollout.vllm_policy`.
+on a CPU. `AsyncEngine` drives `AsyncLLM`, whose engine has a process of its own, which nothing that this one does slows
+down. Both batch continuously, and both answer callers of any event loop. Messages, text and seeds are not their
+business: see `rollout.vllm_policy`.
 
 Example::
 
-    engine = start_engine(arguments, version="base", gpu=False)
+    engine = start_engine(arguments, version="base", own_process=False)
     outputs = await engine.generate("r0", prompt_ids, {"max_tokens": 64, "temperature": 0.0})
     engine.close()
 """
@@ -18,16 +19,21 @@ import concurrent.futures
 import contextlib
 import os
 import queue
+import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from rollout.policy import PolicyError
+from rollout.concurrency import Pressure
+from rollout.policy import EngineDiedError, PolicyError
 from rollout.trajectory import FailureClass
 
 _START_TIMEOUT_S = 1800.0
 """Loading a large model from a network disk takes minutes."""
 _CLOSE_TIMEOUT_S = 60.0
+_FOLLOW_S = 1.0
+"""How often an engine's process looks whether its owner still lives."""
 _process_is_taken = threading.Lock()
 """Held by the in-process engine: vLLM keeps its process groups in globals, so a process has one at a time."""
 
@@ -45,15 +51,24 @@ class VllmEngine(Protocol):
 
     def running(self) -> int: ...
 
+    def pressure(self) -> Pressure:
+        """How full the KV cache is now."""
+        ...
+
     def close(self) -> None:
         """Blocks until the engine has ended; may be called twice."""
         ...
 
 
-class WeightsExtension:
+class WorkerExtension:
     """Mixed into vLLM's worker by name, so that `collective_rpc` reaches it there."""
 
     model_runner: Any
+
+    def follow(self, pid: int) -> None:
+        """End this process, and the engine's core above it, once process `pid` has ended, even if it was killed: vLLM's
+        own core would stay, and keep its GPUs."""
+        threading.Thread(target=_end_with, args=(pid, os.getppid()), name="follow", daemon=True).start()
 
     def load_checkpoint(self, path: str) -> None:
         """Load a folder's weights in place."""
@@ -69,16 +84,34 @@ class WeightsExtension:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def start_engine(arguments: Mapping[str, Any], *, version: str, gpu: bool) -> VllmEngine:
+def _end_with(pid: int, parent: int) -> None:
+    while _lives(pid):
+        time.sleep(_FOLLOW_S)
+    if parent != pid and os.getppid() == parent:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(parent, signal.SIGKILL)
+    os._exit(1)
+
+
+def _lives(pid: int) -> bool:
+    """A process that has ended but was not waited for yet does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def start_engine(arguments: Mapping[str, Any], *, version: str, own_process: bool) -> VllmEngine:
     """Load a model and block until it is ready. `arguments` are those of vLLM's `EngineArgs`."""
     _look_past_numba()
     arguments = {
         **arguments,
-        "worker_extension_cls": f"{WeightsExtension.__module__}.{WeightsExtension.__qualname__}",
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    return AsyncEngine(arguments, version) if gpu else InProcessEngine(arguments, version)
+    return AsyncEngine(arguments, version) if own_process else InProcessEngine(arguments, version)
 
 
 def _look_past_numba() -> None:
@@ -124,7 +157,7 @@ class InProcessEngine:
         self._inbox = queue.SimpleQueue()
         self._results: dict[str, concurrent.futures.Future[Any]] = {}
         self._lock = threading.Lock()
-        self._dead: PolicyError | None = None
+        self._dead = ""
         self._engine: Any = None
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
@@ -165,6 +198,13 @@ class InProcessEngine:
     def running(self) -> int:
         return len(self._results)
 
+    def pressure(self) -> Pressure:
+        engine = self._engine  # read from any thread: whole numbers that may be a step old
+        if engine is None:
+            return Pressure(kv_usage=0.0, waiting=0)
+        scheduler = engine.engine_core.engine_core.scheduler
+        return Pressure(kv_usage=scheduler.get_kv_cache_usage(), waiting=scheduler.get_request_counts()[1])
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join(_CLOSE_TIMEOUT_S)
@@ -172,8 +212,8 @@ class InProcessEngine:
     def _submit(self, call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         future = _uncancellable()
         with self._lock:  # the thread sets `_dead` under it: what is put before that is still answered
-            if self._dead is not None:
-                raise PolicyError(str(self._dead))
+            if self._dead:
+                raise EngineDiedError(self._dead)
             self._inbox.put((future, call))
         return future
 
@@ -227,14 +267,14 @@ class InProcessEngine:
 
     def _end(self, reason: str) -> None:
         with self._lock:
-            self._dead = PolicyError(reason)
+            self._dead = reason
         waiting = list(self._results.values())
         self._results.clear()
         while not self._inbox.empty():
             if (item := self._inbox.get()) is not None:
                 waiting.append(item[0])
         for future in waiting:
-            future.set_exception(PolicyError(reason))
+            future.set_exception(EngineDiedError(reason))
         with contextlib.suppress(Exception):  # it is over either way
             # This also ends vLLM's process groups, which is why a process has one engine at a time.
             self._engine.engine_core.shutdown()
@@ -243,10 +283,14 @@ class InProcessEngine:
 
 
 class AsyncEngine:
-    """vLLM's `AsyncLLM` on an event loop and a thread of its own, so that any loop may use it and none is blocked."""
+    """vLLM's `AsyncLLM` on an event loop and a thread of its own, so that any loop may use it and none is blocked.
+
+    Its core is a process that ends with this one.
+    """
 
     def __init__(self, arguments: Mapping[str, Any], version: str) -> None:
         self._running = 0
+        self._pressure = Pressure(kv_usage=0.0, waiting=0)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True)
         self._thread.start()
@@ -269,6 +313,9 @@ class AsyncEngine:
     def running(self) -> int:
         return self._running
 
+    def pressure(self) -> Pressure:
+        return self._pressure
+
     def close(self) -> None:
         if self._loop.is_running():
             with contextlib.suppress(Exception):  # it is over either way
@@ -279,7 +326,7 @@ class AsyncEngine:
         """Cancelling the future cancels the coroutine."""
         if not self._loop.is_running():
             coroutine.close()
-            raise PolicyError("the engine was closed")
+            raise EngineDiedError("the engine was closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _stop_loop(self) -> None:
@@ -290,14 +337,41 @@ class AsyncEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._stat_logger()])
+        await engine.collective_rpc("follow", args=(os.getpid(),))
         await engine.update_weight_version(version)
         return engine
 
+    def _stat_logger(self) -> Any:
+        """What vLLM tells its statistics to, made as vLLM asks for it."""
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        owner = self
+
+        class LatestPressure(StatLoggerBase):
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+                if scheduler_stats is not None:
+                    owner._pressure = Pressure(
+                        kv_usage=scheduler_stats.kv_cache_usage, waiting=scheduler_stats.num_waiting_reqs
+                    )
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return LatestPressure
+
     async def _generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
         final, prompt = None, {"prompt_token_ids": list(prompt_ids)}
-        async for output in self._engine.generate(prompt, _sampling_parameters(parameters), request_id):
-            final = output
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async for output in self._engine.generate(prompt, _sampling_parameters(parameters), request_id):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDiedError("the vLLM engine's process died") from error
         if final is None:
             raise PolicyError(f"vLLM ended request {request_id} without an output")
         return final.outputs

@@ -1,9 +1,9 @@
 """`VllmPolicy`: a model on vLLM, in this process, behind the `Policy` seam; the engine is in `rollout.vllm_engine`.
 
 Token-exact: the prompt is `rollout.rendering.Renderer`'s, sampled ids are kept as they came, and text is what those
-ids decode to. On a CPU the engine is vLLM's synchronous one, stepped by one thread of this process (fastest start, no
-second process); on a GPU it is `AsyncLLM`, which keeps the accelerator busy from a process of its own. Both batch
-continuously.
+ids decode to. The engine is `AsyncLLM`, in a process of its own that nothing slows down, or (on a CPU) vLLM's
+synchronous one, stepped by one thread of this process: it starts faster and takes less memory, but every Python
+instruction of its callers holds it up. Both batch continuously.
 
 It is no server: to share a model between machines start vLLM's own and use `rollout.openai_policy`.
 
@@ -25,13 +25,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from rollout.concurrency import Pressure
 from rollout.policy import PolicyError, Sampling
 from rollout.rendering import Renderer, RenderingError
 from rollout.trajectory import Completion, FailureClass, Message
 from rollout.vllm_engine import VllmEngine, failure_class, start_engine
 
+EngineKind = Literal["auto", "in_process", "own_process"]
 _UPDATE_TIMEOUT_S = 600.0
 _SHAPE_FIELDS = (
     "model_type",
@@ -82,8 +84,9 @@ class VllmPolicy:
     """A Hugging Face model (id or folder) on vLLM; building it loads the model and blocks.
 
     On a CPU `kv_cache_bytes` defaults to what `max_num_seqs` full sequences need, a quarter of the free memory at
-    most; `gpu_memory_utilization`, `tensor_parallel_size` and `enforce_eager` are for GPUs. Raises `PolicyError` when
-    the model cannot be loaded or its tokenizer cannot be rendered exactly.
+    most; `gpu_memory_utilization`, the parallel sizes and `enforce_eager` are for GPUs, which always have an engine in
+    a process of its own. `engine` says where a CPU's is; "auto": in this process. Raises `PolicyError` when the model
+    cannot be loaded or its tokenizer cannot be rendered exactly.
     """
 
     def __init__(
@@ -97,9 +100,14 @@ class VllmPolicy:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        distributed_executor: str | None = None,
         enforce_eager: bool = False,
+        engine: EngineKind = "auto",
         weights_version: str = "",
     ) -> None:
+        if engine not in get_args(EngineKind):
+            raise ValueError(f"engine {engine!r} is unknown; there are {', '.join(get_args(EngineKind))}")
         self.name = name or model
         self.weights_version = weights_version
         self._max_model_len = max_model_len
@@ -121,12 +129,15 @@ class VllmPolicy:
                 arguments |= {
                     "gpu_memory_utilization": gpu_memory_utilization,
                     "tensor_parallel_size": tensor_parallel_size,
+                    "pipeline_parallel_size": pipeline_parallel_size,
+                    "distributed_executor_backend": distributed_executor,
                     "enforce_eager": enforce_eager,
                     "kv_cache_memory_bytes": kv_cache_bytes,
                 }
             else:
                 arguments |= _cpu_arguments(config, dtype, max_model_len, max_num_seqs, kv_cache_bytes)
-            self._engine: VllmEngine = start_engine(arguments, version=weights_version, gpu=gpu)
+            own_process = gpu or engine == "own_process"
+            self._engine: VllmEngine = start_engine(arguments, version=weights_version, own_process=own_process)
         except Exception as error:
             raise PolicyError(f"cannot load {model!r} on vLLM: {error}", FailureClass.INPUT) from error
         self._request_numbers = itertools.count()
@@ -170,7 +181,7 @@ class VllmPolicy:
         self._prompt_tokens += len(prompt_ids)
         self._generated_tokens += sum(len(output.token_ids) for output in outputs)
         completions = [
-            self._completion(output, sampling, prefix, prefix_ids, len(prompt_ids), version) for output in outputs
+            self._completion(output, sampling, prefix, prefix_ids, prompt_ids, version) for output in outputs
         ]
         return completions * sampling.n if sampling.temperature <= 0 else completions
 
@@ -190,6 +201,10 @@ class VllmPolicy:
             await self.close()
             raise PolicyError(f"{self.name}: loading the weights of {path} failed: {error!r}") from error
         self.weights_version = version
+
+    def pressure(self) -> Pressure:
+        """How full the engine's KV cache is: what `rollout.concurrency` goes by."""
+        return self._engine.pressure()
 
     def stats(self) -> dict[str, float]:
         """Since the start: requests, prompt_tokens, generated_tokens; now: running (requests)."""
@@ -217,6 +232,7 @@ class VllmPolicy:
             # vLLM gives candidate i the seed + i: neighbouring seeds must not share candidates.
             "seed": None if sampling.seed is None else _spread(sampling.seed),
             "logprobs": 0 if sampling.logprobs else None,
+            "flat_logprobs": sampling.logprobs,  # three lists instead of an object for each token
             "detokenize": bool(sampling.stop),  # only stop strings need the engine's text
         }
 
@@ -226,7 +242,7 @@ class VllmPolicy:
         sampling: Sampling,
         prefix: str,
         prefix_ids: tuple[int, ...],
-        prompt_tokens: int,
+        prompt_ids: tuple[int, ...],
         version: str,
     ) -> Completion:
         sampled = tuple(output.token_ids)
@@ -240,15 +256,18 @@ class VllmPolicy:
             ids = None
         logprobs = None
         if sampling.logprobs:
-            logprobs = tuple(at[token].logprob for at, token in zip(output.logprobs, sampled, strict=True))
+            flat = output.logprobs
+            logprobs = tuple(flat.logprobs[start] for start in flat.start_indices)  # what was sampled comes first
         return Completion(
             text=text,
             token_ids=ids,
             logprobs=logprobs,
             finish_reason=output.finish_reason,
             weights_version=version,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(prompt_ids),
             completion_tokens=len(sampled),
+            prompt_ids=prompt_ids,
+            prefix_by="tokens" if prefix else "",
         )
 
     def _check_folder(self, folder: Path) -> None:
