@@ -21,7 +21,8 @@ from typing import Any
 
 from envs.base import EnvError, Observation, ObservationKind, StepResult, Task
 from envs.sandbox import Execution, Sandbox, SandboxError, Session
-from envs.tools import Tool
+from envs.sandbox.execution import CallTool
+from envs.tools import Tool, tool_schemas
 
 
 class CodeEnv:
@@ -49,6 +50,7 @@ class CodeEnv:
             raise ValueError(f"max_steps={max_steps} must be at least 1")
         self._sandbox, self._grade, self._max_steps = sandbox, grade, max_steps
         self._tools = {tool.name: tool for tool in tools}
+        self._schemas = tool_schemas(tools)
         self._task: Task | None = None
         self._session: Session | None = None
         self._steps = 0
@@ -61,7 +63,7 @@ class CodeEnv:
         except SandboxError as error:
             raise EnvError(f"no episode could be started: {error}") from error
         self._task, self._steps = task, 0
-        return Observation(text=task.question), {"seed": seed}
+        return Observation(text=task.question), {"seed": seed, "tools": self._schemas}
 
     def step(self, action: str) -> StepResult:
         session = self._running()
@@ -76,12 +78,11 @@ class CodeEnv:
     def preview(self, actions: Sequence[str]) -> list[StepResult]:
         session = self._running()
         self._previews = []
-        try:
-            executions = session.preview(actions, self._call_tool)
-        except Exception as error:
-            raise EnvError(f"the preview failed on our side: {type(error).__name__}: {error}") from error
-        self._previews = [self._result(execution) for execution in executions]
-        return list(self._previews)
+        return self._previewed(session.preview, actions)
+
+    def preview_more(self, actions: Sequence[str]) -> list[StepResult]:
+        """Add to the last preview, which stays; `commit` counts on behind it. Tool calls are shared with it."""
+        return self._previewed(self._running().preview_more, actions)
 
     def commit(self, index: int) -> StepResult:
         session = self._running()
@@ -95,6 +96,17 @@ class CodeEnv:
         session, self._session, self._task, self._previews = self._session, None, None, []
         if session is not None:
             session.close()
+
+    def _previewed(
+        self, preview: Callable[[Sequence[str], CallTool], list[Execution]], actions: Sequence[str]
+    ) -> list[StepResult]:
+        try:
+            executions = preview(actions, self._call_tool)
+        except Exception as error:
+            raise EnvError(f"the preview failed on our side: {type(error).__name__}: {error}") from error
+        results = [self._result(execution) for execution in executions]
+        self._previews += results
+        return results
 
     def _running(self) -> Session:
         if self._session is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.answer_env import AnswerEnv
-from envs.base import Env, EnvError, Observation, StepResult, Task
+from envs.base import Env, EnvError, Observation, StepResult, Task, TaskError
 from envs.grading import grade
 from envs.grading_math import MathSpec, configure_math
 from envs.judge import JudgeSpec, configure_judge
@@ -88,11 +88,14 @@ class EnvHost:
         self._tools: list[Tool] = []
         self._servers: list[McpServer] = []
         self._sandbox: Sandbox | None = None
+        self._context: Callable[[str], str] | None = None
         # Graders belong to the process: those of the newest host hold, and they end with it.
         configure_math(replace(spec.math, unsafe=spec.math.unsafe or spec.unsafe))
         if spec.judge is not None:
             configure_judge(spec.judge)
         if spec.name == "answer":
+            if search is not None and spec.context_passages:
+                self._context = _passages(search, spec.context_passages, spec.search_format)
             return
         if search is not None:
             from envs.retrieval.search_tool import web_search_tool
@@ -104,9 +107,7 @@ class EnvHost:
                 self._tools += self._servers[-1].tools()
             if spec.name == "code":
                 names = [tool.name for tool in self._tools]
-                self._sandbox = Sandbox(
-                    tool_names=names, modules=spec.modules, limits=spec.limits, unsafe=spec.unsafe
-                )
+                self._sandbox = Sandbox(tool_names=names, modules=spec.modules, limits=spec.limits, unsafe=spec.unsafe)
         except BaseException:
             self.close()
             raise
@@ -135,7 +136,7 @@ class EnvHost:
                 search=lambda query: web_search.call([query], {}), grade=grade, max_steps=spec.max_steps,
                 search_s=spec.limits.tool_s, output_chars=spec.limits.output_chars,
             )  # fmt: skip
-        return AnswerEnv(grade=grade)
+        return AnswerEnv(grade=grade, context=self._context)
 
     def can_preview(self) -> bool:
         return self.make().can_preview
@@ -150,6 +151,9 @@ class EnvHost:
 
     def preview(self, slot: int, actions: Sequence[str]) -> list[StepResult]:
         return self._episode(slot).preview(actions)
+
+    def preview_more(self, slot: int, actions: Sequence[str]) -> list[StepResult]:
+        return self._episode(slot).preview_more(actions)  # type: ignore[attr-defined]  # all that are made here have it
 
     def commit(self, slot: int, index: int) -> StepResult:
         return self._episode(slot).commit(index)
@@ -174,6 +178,15 @@ class EnvHost:
         return self._envs[slot]
 
 
+def _passages(search: SearchFunction, k: int, formatter: str) -> Callable[[str], str]:
+    from envs.retrieval.formatting import get_formatter
+    from envs.retrieval.retriever import check_k
+
+    check_k(k)
+    as_text = get_formatter(formatter)
+    return lambda question: as_text(search(question, k))
+
+
 def start_env_hosts(
     spec: EnvSpec, *, count: int, slots_per_host: int, search: SearchFunction | None, num_cpus: float = 0.0
 ) -> list[Any]:
@@ -191,7 +204,7 @@ class RemoteEnv:
 
     def __init__(self, host: Any, slot: int, *, can_preview: bool, timeout_s: float) -> None:
         self._host, self._slot, self._timeout_s = host, slot, timeout_s
-        self.can_preview = can_preview
+        self.can_preview = self.can_preview_more = can_preview
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
         return await self._call(self._host.reset.remote(self._slot, task, seed), "reset")
@@ -201,6 +214,9 @@ class RemoteEnv:
 
     async def preview(self, actions: Sequence[str]) -> list[StepResult]:
         return await self._call(self._host.preview.remote(self._slot, list(actions)), "preview")
+
+    async def preview_more(self, actions: Sequence[str]) -> list[StepResult]:
+        return await self._call(self._host.preview_more.remote(self._slot, list(actions)), "preview")
 
     async def commit(self, index: int) -> StepResult:
         return await self._call(self._host.commit.remote(self._slot, index), "commit")
@@ -221,4 +237,6 @@ class RemoteEnv:
             cause = error.cause
             if isinstance(cause, EnvError):
                 raise EnvError(str(cause)) from None
+            if isinstance(cause, TaskError):  # no attempt would end better
+                raise TaskError(str(cause)) from None
             raise EnvError(f"env host failed in {what}: {type(cause).__name__}: {cause}") from None

@@ -58,9 +58,9 @@ class SearchEnv(StatelessEnv):
     def _act(self, actions: Sequence[str]) -> list[Outcome]:
         found = [_ACTION.search(action) for action in actions]
         queries = list(dict.fromkeys(tag[2].strip() for tag in found if tag and tag[1] == "search"))
-        queries = [query for query in queries if query]
-        answers = dict(zip(queries, self._ask(queries), strict=True))
-        return [self._outcome(tag, answers) for tag in found]
+        queries = [query for query in queries if query and query not in self._made]
+        self._made |= zip(queries, self._ask(queries), strict=True)
+        return [self._outcome(tag, self._made) for tag in found]
 
     def _ask(self, queries: Sequence[str]) -> list[str | ToolError]:
         if not queries:

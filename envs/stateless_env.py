@@ -42,36 +42,46 @@ class StatelessEnv(ABC):
         self._task: Task | None = None
         self._steps = 0
         self._previews: list[StepResult] = []
+        self._made: dict[Any, Any] = {}
+        """What tools answered to the present preview; a subclass may keep their answers here."""
 
     @abstractmethod
     def _act(self, actions: Sequence[str]) -> list[Outcome]:
         """What each of these actions leads to; they may run at the same moment. Raises `EnvError` alone."""
 
     def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
-        self._task, self._steps, self._previews = task, 0, []
+        self._task, self._steps, self._previews, self._made = task, 0, [], {}
         return Observation(text=task.question), {"seed": seed}
 
     def step(self, action: str) -> StepResult:
-        self._previews = []
+        self._previews, self._made = [], {}
         [result] = self._results([action])
         return self._after(result)
 
     def preview(self, actions: Sequence[str]) -> list[StepResult]:
         if not self.can_preview:
             raise RuntimeError("this env cannot preview: its tools change something")
-        self._previews = []
-        self._previews = self._results(actions)
-        return list(self._previews)
+        self._previews, self._made = [], {}
+        return self.preview_more(actions)
+
+    def preview_more(self, actions: Sequence[str]) -> list[StepResult]:
+        """Add to the last preview, which stays; `commit` counts on behind it. What it asked of tools is not asked
+        again."""
+        if not self.can_preview:
+            raise RuntimeError("this env cannot preview: its tools change something")
+        results = self._results(actions)
+        self._previews += results
+        return results
 
     def commit(self, index: int) -> StepResult:
         self._running()
         if not 0 <= index < len(self._previews):
             raise RuntimeError(f"commit({index}) without a preview of it; {len(self._previews)} actions were previewed")
-        result, self._previews = self._previews[index], []
+        result, self._previews, self._made = self._previews[index], [], {}
         return self._after(result)
 
     def close(self) -> None:
-        self._task, self._previews = None, []
+        self._task, self._previews, self._made = None, [], {}
 
     def _running(self) -> Task:
         if self._task is None:

@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from envs.base import ObservationKind, Task
+from envs.base import Observation, ObservationKind, Task
 from envs.stateless_env import Outcome, StatelessEnv, clip, run_together
-from envs.tools import Tool, ToolError
+from envs.tools import Tool, ToolError, tool_schemas
 
 FINAL_ANSWER = "final_answer"
 _FORM = 'a call is {"name": "...", "arguments": {...}}'
@@ -75,14 +75,20 @@ class ToolEnv(StatelessEnv):
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) != len(tools) or FINAL_ANSWER in self._tools:
             raise ValueError(f"tool names must differ, from {FINAL_ANSWER!r} too: {[tool.name for tool in tools]}")
+        self._schemas = tool_schemas(tools)
         self._max_calls, self._tool_s, self._output_chars = max_calls, tool_s, output_chars
+
+    def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
+        observation, info = super().reset(task, seed)
+        return observation, {**info, "tools": self._schemas}
 
     def _act(self, actions: Sequence[str]) -> list[Outcome]:
         turns: list[Outcome | list[Call]] = [self._read(action) for action in actions]
         # Candidates of one step often ask for the same thing: it is asked once.
         calls = {call.key: call for turn in turns if isinstance(turn, list) for call in turn}
         if self.can_preview:
-            made = dict(zip(calls, self._make(list(calls.values())), strict=True))
+            made, new = self._made, [call for key, call in calls.items() if key not in self._made]
+            made |= zip([call.key for call in new], self._make(new), strict=True)
             return [turn if isinstance(turn, Outcome) else self._show([made[c.key] for c in turn]) for turn in turns]
         return [turn if isinstance(turn, Outcome) else self._show(self._make(turn)) for turn in turns]
 

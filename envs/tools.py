@@ -23,6 +23,7 @@ makes tools of an MCP server's.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 import typing
@@ -128,6 +129,12 @@ class Tool:
         """The tool as OpenAI-compatible APIs and chat templates take it: `{"type": "function", "function": ...}`."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
+
+
+def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """`Tool.as_json_schema` of each, as plain JSON whatever their defaults are: what `Env.reset` tells in
+    `info["tools"]`."""
+    return json.loads(json.dumps([tool.as_json_schema() for tool in tools], default=str))
 
 
 def _matches(value: Any, schema: Any) -> bool:

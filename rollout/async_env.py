@@ -11,7 +11,11 @@ from envs.base import Env, Observation, StepResult, Task
 
 
 class AsyncEnv(Protocol):
-    """`envs.base.Env`, awaited; every call has a limit and raises `EnvError` when it passes."""
+    """`envs.base.Env`, awaited; every call has a limit and raises `EnvError` when it passes.
+
+    One that can add to a preview, which lets a vote end early, says so by `can_preview_more = True` and has
+    `preview_more(actions)`: `preview` without forgetting what was previewed before; `commit` counts on behind that.
+    """
 
     can_preview: bool
 
@@ -32,6 +36,7 @@ class ThreadedEnv:
     def __init__(self, env: Env) -> None:
         self._env = env
         self.can_preview = env.can_preview
+        self.can_preview_more = env.can_preview and hasattr(env, "preview_more")
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
         return await asyncio.to_thread(self._env.reset, task, seed)
@@ -41,6 +46,9 @@ class ThreadedEnv:
 
     async def preview(self, actions: Sequence[str]) -> list[StepResult]:
         return await asyncio.to_thread(self._env.preview, actions)
+
+    async def preview_more(self, actions: Sequence[str]) -> list[StepResult]:
+        return await asyncio.to_thread(self._env.preview_more, actions)  # type: ignore[attr-defined]
 
     async def commit(self, index: int) -> StepResult:
         return await asyncio.to_thread(self._env.commit, index)

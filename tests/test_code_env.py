@@ -104,6 +104,23 @@ def test_models_mistake_with_a_tool_is_an_observation(env: CodeEnv):
     assert env.step("try:\n  double(13)\nexcept ToolError as e:\n  print('caught', e)").observation.valid
 
 
+def test_preview_in_waves_is_one_preview(env: CodeEnv):
+    first = env.preview(["x = 1\nx"])
+    second = env.preview_more(["x = double(1)\nx", "final_answer(42)"])
+    assert [result.observation.text[-2:] for result in (*first, *second)] == ["\n1", "\n2", "42"]
+    assert env.commit(1) == second[0]
+    assert env.step("x").observation.text.endswith("2")
+    with pytest.raises(RuntimeError, match="without a preview"):
+        env.commit(0)
+
+
+def test_reset_tells_of_the_tools(sandbox: Sandbox):
+    env = CodeEnv(sandbox=sandbox, tools=[TOOL], grade=grade)
+    _, info = env.reset(TASK, seed=0)
+    assert info["tools"] == [TOOL.as_json_schema()]
+    env.close()
+
+
 def test_failure_of_a_tool_is_ours_and_not_an_observation(env: CodeEnv):
     with pytest.raises(EnvError, match="doubling service is down"):
         env.preview(["double(99)", "1"])

@@ -533,6 +533,68 @@ def test_candidates_draw_the_numbers_that_the_state_would(session: Session):
     assert seen[0].value == seen[1].value == run(session, "random.random()").value
 
 
+def test_preview_more_adds_to_a_preview_as_if_all_had_been_given_at_once(session: Session):
+    calls = []
+
+    def count(name: str, args: list, kwargs: dict) -> Any:
+        calls.append(args[0])
+        return len(calls)
+
+    run(session, "x = 1\nimport random")
+    first = session.preview(["x += 1; search('a')", "x = 10; random.random()"], count)
+    more = session.preview_more(["x = 20; random.random()", "x + search('a')", "x += 1; search('a')"], count)
+    assert calls == ["a"]  # the call of the first wave is shared with the second
+    assert more[0].value == first[1].value and more[1].value == "2"  # the state is as it was
+    assert more[2] is first[0]  # equal code is not run again
+    assert session.commit(2) == more[0]
+    assert run(session, "x").value == "20"
+
+
+def test_what_was_previewed_first_can_be_kept_after_more(session: Session):
+    session.preview(["x = 1", "x = 2"], no_tools)
+    session.preview_more(["x = 3"], no_tools)
+    session.commit(1)
+    assert run(session, "x").value == "2"
+    session.preview(["x = 4"], no_tools)
+    session.commit(0)
+    assert run(session, "x").value == "4"
+
+
+def test_addition_that_fails_on_our_side_leaves_the_preview(session: Session):
+    def fail(name: str, args: list, kwargs: dict) -> Any:
+        raise OSError("the tool is down")
+
+    session.preview(["x = 1"], no_tools)
+    with pytest.raises(OSError, match="the tool is down"):
+        session.preview_more(["search('a')"], fail)
+    session.commit(0)
+    assert run(session, "x").value == "1"
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, "5"), (2, "gone")])
+def test_state_that_cannot_be_forked_a_second_time_is_an_observation(session: Session, index: int, value: str):
+    # The first two forks go well; from the third on the interpreter ends.
+    breakage = (
+        "import sys, os\nx = 1\nmodule = sys.modules['envs.sandbox.child']\nold, left = module._fork, [2]\n"
+        "def fork():\n    left[0] -= 1\n    return old() if left[0] >= 0 else os._exit(0)\nmodule._fork = fork"
+    )
+    run(session, breakage)
+    session.preview(["x = 5; x", "x = 6; x"], no_tools)
+    (broken,) = session.preview_more(["x"], no_tools)
+    assert broken.limit == "died" and "The interpreter was restarted" in str(broken.error)
+    session.commit(index)
+    assert run(session, "globals().get('x', 'gone')").value == value
+
+
+def test_preview_more_leaves_nothing_behind(session: Session):
+    before = descendants(os.getpid())
+    for _ in range(3):
+        session.preview(["x = 1", "x = 2"], no_tools)
+        session.preview_more(["x = 3", "x = 4"], no_tools)
+        session.commit(3)
+    assert wait_until(lambda: len(descendants(os.getpid())) == len(before))
+
+
 def test_candidates_share_no_file_offset(session: Session):
     run(session, "import os\nf = open(os.__file__)")
     first, second = session.preview(["f.read(10)", "f.read(10) + ''"], no_tools)

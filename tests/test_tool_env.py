@@ -171,8 +171,9 @@ def test_candidates_of_a_step_share_the_result_of_the_same_call():
     env.reset(TASK, seed=0)
     results = env.preview([call("count", word="a"), call("count", word="a"), call("final_answer", answer="42")])
     assert results[0].info["results"] == results[1].info["results"] == ["1"]
+    [more] = env.preview_more([f"[{call('count', word='a')}, {call('count', word='b')}]"])
+    assert more.info["results"] == ["1", "2"] and calls == ["a", "b"]
     assert env.commit(1) == results[1]
-    assert calls == ["a"]
 
 
 def test_tools_that_change_something_are_not_previewed():
@@ -262,6 +263,23 @@ def test_make_env_by_name():
     search_env = make_env("search", search=look)
     search_env.reset(TASK, seed=0)
     assert search_env.step("<answer>42</answer>").reward == 1.0
+
+
+def test_a_second_wave_asks_no_query_again():
+    asked: list[str] = []
+
+    def look(query: str) -> str:
+        asked.append(query)
+        return "found"
+
+    env = make_env("search", search=look)
+    env.reset(TASK, seed=0)
+    env.preview(["<search>a</search>"])
+    [more] = env.preview_more(["<search>a</search>"])  # type: ignore[attr-defined]
+    assert more.info["tool_calls"] == 1 and asked == ["a"]
+    env.commit(1)
+    env.step("<search>a</search>")
+    assert asked == ["a", "a"]
 
 
 def test_host_makes_both_over_its_retriever():

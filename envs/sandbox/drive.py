@@ -170,7 +170,7 @@ class _Wake:
             os.close(self.fd)
 
 
-class _SharedCall:
+class SharedCall:
     """One run of a tool, in a thread of its own, and all the steps that wait for it."""
 
     def __init__(self, call_tool: CallTool, name: str, args: list, kwargs: dict[str, Any], wake: _Wake) -> None:
@@ -200,6 +200,10 @@ class _SharedCall:
         self._wake.set()
 
 
+CallKey = tuple[str, str, int]
+"""Name, arguments as JSON, and which of a step's calls with these it is."""
+
+
 class _Step:
     """One step of one process, while it runs."""
 
@@ -214,7 +218,7 @@ class _Step:
         self.cpu_start_s = process.cpu_s()
         self.waited_s = 0.0
         self.asked: float | None = None
-        self.pending: tuple[str, str, _SharedCall] | None = None
+        self.pending: tuple[str, str, SharedCall] | None = None
         self.calls: list[ToolCall] = []
         self.seen: dict[tuple[str, str], int] = {}
         self.execution: Execution | None = None
@@ -230,8 +234,11 @@ def run_steps(
     *,
     limits: SandboxLimits,
     tool_names: Sequence[str],
+    shared: dict[CallKey, SharedCall],
 ) -> list[Execution]:
     """Run one code in each process, all at the same moment; equal tool calls of different processes are made once.
+
+    `shared` holds the calls that were made from the same state before, and those of this run afterwards.
 
     Processes that end or must be killed are killed here, and their `Execution.limit` says why; the others are left
     paused.
@@ -240,7 +247,7 @@ def run_steps(
     """
     wake = _Wake()
     try:
-        return _Loop(processes, codes, call_tool, limits, tool_names, wake).run()
+        return _Loop(processes, codes, call_tool, limits, tool_names, shared, wake).run()
     finally:
         wake.close()
 
@@ -253,10 +260,13 @@ class _Loop:
         call_tool: CallTool,
         limits: SandboxLimits,
         tool_names: Sequence[str],
+        shared: dict[CallKey, SharedCall],
         wake: _Wake,
     ) -> None:
         self._call_tool, self._limits, self._tool_names, self._wake = call_tool, limits, frozenset(tool_names), wake
-        self._shared: dict[tuple[str, str, int], _SharedCall] = {}
+        # A call of an earlier loop that has not come back would wake nobody: it is made again.
+        self._shared = {key: call for key, call in shared.items() if call.reply is not None}
+        self._all_shared = shared
         self._poller = select.poll()
         self._poller.register(wake.fd, select.POLLIN)
         self._by_fd: dict[int, _Step] = {}
@@ -384,7 +394,8 @@ class _Loop:
         times = step.seen[name, text] = step.seen.get((name, text), 0) + 1
         key = (name, text, times)
         if key not in self._shared:
-            self._shared[key] = _SharedCall(self._call_tool, name, cleaned["args"], cleaned["kwargs"], self._wake)
+            call = SharedCall(self._call_tool, name, cleaned["args"], cleaned["kwargs"], self._wake)
+            self._shared[key] = self._all_shared[key] = call
         step.asked = time.monotonic()
         step.pending = (name, text, self._shared[key])
 

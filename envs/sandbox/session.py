@@ -40,6 +40,7 @@ _ZYGOTE_START_S = 60.0  # importing numpy and sympy from a cold disk
 _HELLO_S = 20.0
 _FORK_S, _FORK_EACH_S = 3.0, 0.2  # how long forking may take a process that may be broken, on a busy machine
 _CLOSE_S = 5.0
+_NOT_RUN, _BROKEN = -1, -2  # in place of a fork: the code was refused; the state could not be forked for it
 # The parts of this package that the zygote needs, without the rest: importing `envs` there would load the driver's
 # side.
 _BOOT = """
@@ -276,7 +277,9 @@ class Session:
         self._control = control
         self._candidates: list[drive.Process] = []
         self._executions: list[Execution] = []
-        self._fork_of: list[int] = []  # index of a previewed code -> index of its fork, -1 for one that was not run
+        self._codes: list[str] = []  # those that the forks ran
+        self._fork_of: list[int] = []  # index of a previewed code -> index of its fork, _NOT_RUN or _BROKEN
+        self._shared_calls: dict[drive.CallKey, drive.SharedCall] = {}  # of the preview and of what was added to it
         self._lost: str | None = None
         self._closed = False
         self._touched = False  # whether code has run in the holder: it is then not to be believed
@@ -292,7 +295,7 @@ class Session:
         holder = self._living_holder()
         self._touched = True
         try:
-            (execution,) = self._run_steps([holder], [code], call_tool)
+            (execution,) = self._run_steps([holder], [code], call_tool, {})
         except BaseException:
             self._lost = "a tool failed in the middle of a step"
             self._shut()
@@ -309,40 +312,59 @@ class Session:
         Raises what `call_tool` raises beyond `ToolError`; the state stays as it was then, too.
         """
         self._drop_candidates()
+        return self.preview_more(codes, call_tool)
+
+    def preview_more(self, codes: Sequence[str], call_tool: CallTool) -> list[Execution]:
+        """Add to the last preview: as if its codes and these had been given at once, but that those have run already.
+
+        Indices of `commit` go on behind the earlier ones. Returns the executions of `codes` alone. Raises as `preview`
+        does; what was previewed before can then still be kept.
+        """
         runnable: list[str] = []
-        refusals: dict[int, Execution] = {}
         fork_of: list[int] = []
+        refusals: dict[int, Execution] = {}
+        known = len(self._codes)
         for index, code in enumerate(codes):
             if (refused := self._refuse(code)) is not None:
                 refusals[index] = refused
-                fork_of.append(-1)
+                fork_of.append(_NOT_RUN)
+            elif code in self._codes:
+                fork_of.append(self._codes.index(code))
             else:
                 if code not in runnable:
                     runnable.append(code)
-                fork_of.append(runnable.index(code))
-        if len(runnable) > MAX_CANDIDATES:
-            raise ValueError(f"{len(runnable)} different candidates at once; at most {MAX_CANDIDATES}")
+                fork_of.append(known + runnable.index(code))
+        if known + len(runnable) > MAX_CANDIDATES:
+            raise ValueError(f"{known + len(runnable)} different candidates at once; at most {MAX_CANDIDATES}")
         holder = self._living_holder()
+        results = {fork: execution for fork, execution in zip(self._fork_of, self._executions, strict=True)}
         try:
             forks = self._fork(holder, len(runnable)) if runnable else []
         except SandboxError:
-            self._shut()
+            if not self._candidates:  # else those that ran can still be kept
+                before = self._executions, self._fork_of
+                self._shut()
+                self._executions, self._fork_of = before
             if not self._touched:
                 raise
             # Code of an earlier step has broken the interpreter, or ended it: the agent is told, as after a step.
             broken = Execution(error=f"Killed: the interpreter does not answer. {drive.RESTARTED}", limit="died")
-            self._executions = [refusals.get(index, broken) for index in range(len(codes))]
-            self._fork_of = [-1] * len(codes)
-            return list(self._executions)
-        try:
-            done = self._run_steps(forks, runnable, call_tool)
-        except BaseException:
-            for fork in forks:
-                fork.kill()
-            raise
-        self._candidates, self._fork_of = forks, fork_of
-        self._executions = [refusals[index] if fork < 0 else done[fork] for index, fork in enumerate(fork_of)]
-        return list(self._executions)
+            fork_of = [_BROKEN if fork >= known else fork for fork in fork_of]
+            results[_BROKEN] = broken
+        else:
+            try:
+                done = self._run_steps(forks, runnable, call_tool, self._shared_calls)
+            except BaseException:
+                for fork in forks:
+                    fork.kill()
+                raise
+            results |= dict(enumerate(done, start=known))
+            self._candidates += forks
+            self._codes += runnable
+        executions = [refusals[index] if fork == _NOT_RUN else results[fork] for index, fork in enumerate(fork_of)]
+        self._executions += executions
+        self._fork_of += fork_of
+        return executions
 
     def commit(self, index: int) -> Execution:
         """Make the fork of previewed code `index` the state; the code is not run again. Returns its `Execution`.
@@ -363,6 +385,8 @@ class Session:
             self._touched = True
             if chosen.ended:
                 self._shut()
+        elif fork == _BROKEN:
+            self._shut()
         self._drop_candidates()
         return execution
 
@@ -378,8 +402,15 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _run_steps(self, processes: list[drive.Process], codes: list[str], call_tool: CallTool) -> list[Execution]:
-        return drive.run_steps(processes, codes, call_tool, limits=self._limits, tool_names=self._sandbox.tool_names)
+    def _run_steps(
+        self,
+        processes: list[drive.Process],
+        codes: list[str],
+        call_tool: CallTool,
+        shared: dict[drive.CallKey, drive.SharedCall],
+    ) -> list[Execution]:
+        tool_names = self._sandbox.tool_names
+        return drive.run_steps(processes, codes, call_tool, limits=self._limits, tool_names=tool_names, shared=shared)
 
     def _refuse(self, code: str) -> Execution | None:
         if len(code) <= self._limits.code_chars:
@@ -438,7 +469,7 @@ class Session:
     def _drop_candidates(self) -> None:
         for process in self._candidates:
             process.kill()
-        self._candidates, self._executions, self._fork_of = [], [], []
+        self._candidates, self._codes, self._executions, self._fork_of, self._shared_calls = [], [], [], [], {}
 
     def _shut(self) -> None:
         """End all of the episode's processes; the keeper, which takes the others down, has ended when this returns."""
