@@ -38,18 +38,18 @@ _LONGEST_ANSWER_CHARS = 80
 """A longer answer is not repeated in the transition."""
 
 _DOUBT = (
-    "Wait, {answer} may be wrong. {change}",
-    "I do not trust {answer} yet. {change}",
-    "Something about {answer} does not add up. {change}",
+    "Wait, {it} may be wrong. {change}",
+    "I do not trust {it} yet. {change}",
+    "Something about {it} does not add up. {change}",
 )
 _NO_ANSWER = (
     "This does not lead to an answer. {change}",
     "I am not getting anywhere like this. {change}",
 )
 _CHECK = (
-    "So the answer seems to be {answer}. {change}",
-    "This gives {answer}. Before I answer, I make sure. {change}",
-    "I get {answer}. That should be verified. {change}",
+    "So I come to {it}. {change}",
+    "This gives {it}. Before I say so, I make sure. {change}",
+    "I get {it}. That should be verified. {change}",
 )
 _CHANGE = {
     ("cot", "code"): "Let me work it out with code.",
@@ -259,9 +259,8 @@ def _transition(first: Trajectory, second: Trajectory) -> str:
     wordings = _CHECK if first.success else _DOUBT if _answered(first) else _NO_ANSWER
     digest = hashlib.sha256(_key(first, second).encode("utf-8", "replace")).digest()
     answer = " ".join((first.prediction or "").split())
-    if not answer or len(answer) > _LONGEST_ANSWER_CHARS:
-        answer = "this"
-    return wordings[digest[0] % len(wordings)].format(answer=answer, change=change)
+    it = f"the answer {answer}" if 0 < len(answer) <= _LONGEST_ANSWER_CHARS else "this answer"
+    return wordings[digest[0] % len(wordings)].format(it=it, change=change)
 
 
 def _key(first: Trajectory, second: Trajectory) -> str:
