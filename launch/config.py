@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from envs.pool import EnvSpec
 from envs.tasks import Columns
 from learner.config import LearnerConfig
+from rollout.curation import Curation
 from rollout.episode import EpisodeSettings
 from rollout.policy_spec import PolicySpec
+from rollout.spend import SpendCap
 
 DIALECT_OF_ENV = {"code": "code", "answer": "cot", "tool": "tool", "search": "search"}
 
@@ -136,6 +138,20 @@ class TeacherShare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurationConfig:
+    """Which trajectories a student is trained on."""
+
+    filters: tuple[Any, ...] = ()
+    """Names, or mappings of `name` and parameters; see `rollout.curation`."""
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Curation:
+        return Curation.from_config(self.filters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
     """What every job that collects has."""
 
@@ -153,6 +169,10 @@ class JobConfig:
     episode: EpisodeSettings
     """How teacher episodes are run."""
     rollout: RolloutConfig
+    curation: CurationConfig
+    """distill: what the learner is handed; collect: only counted, nothing is left out of the ledger."""
+    spend: SpendCap = SpendCap()
+    """What API teachers may cost in all, over every job on this folder."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
@@ -169,6 +189,10 @@ class JobConfig:
     @property
     def all_teachers(self) -> tuple[TeacherShare, ...]:
         return self.teachers or (TeacherShare(teacher=self.teacher),)
+
+    def episodes_of(self, tasks: int) -> int:
+        """How many episodes a collection of so many tasks has."""
+        return tasks * self.rollout.samples * (len(self.all_teachers) if self.share == "all" else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from envs.base import Task
 from launch.config import DistillConfig
 from launch.intervals import Score, score
 from launch.live import LiveView
-from launch.wiring import Environments, start_collection
+from launch.wiring import Environments, start_evaluation
 from learner.config import ConfigError
 from rollout.collector import Weights
 from rollout.early_exit import EarlyExit
@@ -83,10 +83,9 @@ def run_evaluation(
     weights: Weights | None = None,
 ) -> dict[str, Score]:
     """Runs what `ledger` does not hold yet and returns the scores by kind. Raises `EvaluationError`."""
-    collection = start_collection(
-        config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights,
-        concurrency=config.evaluate.concurrency,
-    )  # fmt: skip
+    collection = start_evaluation(
+        config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights
+    )
     try:
         with view.stage(title):
             finished = False
@@ -159,7 +158,7 @@ def _evaluate_folder(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else folder.scores / student.name
     view, scores = LiveView(), {}
     with ray_cluster(config.cluster):
-        environments = Environments.start(config, world.retriever)
+        environments = Environments.start(config, world.retriever, slots=[config.evaluate.concurrency])
         spec = student_spec(config, str(student.absolute()))
         workers = start_workers(config, spec, count=1)
         for mode in modes:

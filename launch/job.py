@@ -19,17 +19,18 @@ from launch.config import DistillConfig
 from launch.config_reading import to_plain
 from launch.evaluate import EvaluationError, run_evaluation, student_settings, student_spec
 from launch.intervals import Score
+from launch.joint_collection import JointCollection
 from launch.live import LiveView
 from launch.report import draw_learning_curve, score_table, scores_to_json
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
-from launch.wiring import Environments, start_collection, start_workers
+from launch.wiring import Assignment, Environments, assignments, start_collections, start_workers
 from launch.world import World, load_world
 from learner.base import LearnerError
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LearnerConfig
 from learner.learner_actor import LearnerGroup
-from rollout.collector import Collection, CollectionError, Weights
+from rollout.collector import CollectionError, Weights
 from rollout.ledger import Ledger
 from rollout.trajectory_queue import TrajectoryQueue
 
@@ -47,7 +48,7 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     world = load_world(config, folder.index)
     view.say(f"run {folder.path}: recipe {config.recipe}, seed {config.seed}")
     if resumed:
-        view.say(_found(folder, world))
+        view.say(_found(folder, config.episodes_of(len(world.train))))
     if folder.results.exists():
         view.say("this run is complete; its scores:")
         _show(view, json.loads(folder.results.read_text()), folder)
@@ -55,8 +56,9 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     try:
         with ray_cluster(config.cluster) as what:
             view.say(f"Ray: {what}")
-            environments = Environments.start(config, world.retriever)
-            stages = _Stages(config, folder, world, environments, view)
+            assigned = assignments(config, world.train, Ledger(folder.ledger))
+            environments = start_environments(config, world, assigned)
+            stages = _Stages(config, folder, world, environments, view, assigned)
             learned = stages.learn()
             scores = stages.evaluate()
     except (ClusterError, CollectionError, EvaluationError, LearnerError, EnvError) as error:
@@ -67,12 +69,26 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     _show(view, results, folder)
 
 
+def start_environments(config: DistillConfig, world: World, assigned: list[Assignment]) -> Environments:
+    """A group of hosts for each teacher; the first one serves the evaluations too."""
+    slots = [each.slots(config) for each in assigned]
+    slots[0] = max(slots[0], config.evaluate.concurrency)
+    return Environments.start(config, world.retriever, slots=slots)
+
+
 class _Stages:
     def __init__(
-        self, config: DistillConfig, folder: RunFolder, world: World, environments: Environments, view: LiveView
+        self,
+        config: DistillConfig,
+        folder: RunFolder,
+        world: World,
+        environments: Environments,
+        view: LiveView,
+        assigned: list[Assignment],
     ) -> None:
         self.config, self.folder, self.world, self.environments, self.view = config, folder, world, environments, view
-        self.teacher: list[Any] = []
+        self.assigned = assigned
+        self.teachers: list[list[Any]] = []
 
     def learn(self) -> dict[str, Any]:
         """Collect and train until the student is exported; what was learned, as plain data."""
@@ -82,19 +98,16 @@ class _Stages:
             return json.loads(record.read_text())
         config = self.config
         queue = TrajectoryQueue.create(config.rollout.queue_capacity)
-        total = len(self.world.train) * config.rollout.samples
+        total = sum(len(each.requests) for each in self.assigned)
         source = StreamSource(self.folder.ledger, queue)
         learner = LearnerGroup.start(
             learner_config(config, self.folder, total), source, gpus_per_rank=config.cluster.gpus_per_rank
         )
         try:
             learner.run()
-            self.teacher = start_workers(config, config.teacher, count=config.rollout.workers)
-            collection = start_collection(
-                config, self.environments, self.teacher, self.world.train, policy=config.teacher.policy_name,
-                settings=config.episode, ledger=self.folder.ledger, samples=config.rollout.samples, queue=queue,
-                concurrency=config.rollout.concurrency,
-            )  # fmt: skip
+            collection, self.teachers = start_collections(
+                config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue
+            )
             try:
                 with self.view.stage("the teacher acts, the student learns"):
                     self._watch(collection, learner, queue)
@@ -108,7 +121,7 @@ class _Stages:
         write_json(record, learned)
         return learned
 
-    def _watch(self, collection: Collection, learner: LearnerGroup, queue: TrajectoryQueue) -> None:
+    def _watch(self, collection: JointCollection, learner: LearnerGroup, queue: TrajectoryQueue) -> None:
         began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
         first_step, collected, last_step = self.folder.first_step, False, -1
         with open(self.folder.metrics, "a") as metrics:
@@ -158,11 +171,14 @@ class _Stages:
                 title=f"evaluation: {name.replace('_', ' ')}", weights=weights,
             )  # fmt: skip
         _stop(workers)
-        teacher = self.teacher or start_workers(config, config.teacher, count=config.rollout.workers)
-        scores["teacher"] = run_evaluation(
-            config, self.environments, teacher, self.world.test, policy=config.teacher.policy_name,
-            settings=config.episode, ledger=self.folder.scores / "teacher", view=self.view, title="evaluation: teacher",
-        )  # fmt: skip
+        for i, each in enumerate(self.assigned):
+            loaded = self.teachers[i] if self.teachers else []
+            actors = loaded or start_workers(config, each.share.teacher, count=each.workers(config))
+            name = "teacher" if len(self.assigned) == 1 else f"teacher {each.name}"
+            scores[name] = run_evaluation(
+                config, self.environments, actors, self.world.test, policy=each.name, settings=config.episode,
+                ledger=self.folder.scores / _file_name(name), view=self.view, title=f"evaluation: {name}",
+            )  # fmt: skip
         return scores
 
 
@@ -186,6 +202,10 @@ def _model_folder(learner: LearnerConfig) -> Path | str:
     return path.absolute() if path.exists() else learner.model_path
 
 
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
 def _stop(workers: list[Any]) -> None:
     import ray
 
@@ -193,14 +213,14 @@ def _stop(workers: list[Any]) -> None:
         ray.kill(worker)
 
 
-def _found(folder: RunFolder, world: World) -> str:
+def _found(folder: RunFolder, episodes: int) -> str:
     """What an earlier job left, in one line."""
     recorded = len(Ledger(folder.ledger).keys()) if folder.ledger.exists() else 0
     checkpoints = folder.learner / "checkpoints"
     steps = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
     evaluated = sorted(path.name for path in folder.scores.iterdir()) if folder.scores.is_dir() else []
     parts = [
-        f"{recorded} of {len(world.train)} trajectories",
+        f"{recorded} of {episodes} trajectories",
         f"checkpoints {', '.join(steps)}" if steps else "no checkpoint",
         f"evaluations {', '.join(evaluated)}" if evaluated else "no evaluation",
     ]

@@ -6,14 +6,17 @@ import asyncio
 import os
 from pathlib import Path
 
-from launch.config import DistillConfig
+from launch.config import CollectConfig, DistillConfig, JobConfig
+from launch.world import load_world
 from learner.config import ConfigError
 from rollout.policy import PolicyError
+from rollout.policy_spec import PolicySpec
 
 
 def check(config: DistillConfig) -> None:
     """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not
     answer."""
+    from launch.run_folder import RunFolder
     from learner.objectives import OBJECTIVES
 
     objective = config.learner.objective
@@ -21,12 +24,28 @@ def check(config: DistillConfig) -> None:
         known = ", ".join(sorted(OBJECTIVES))
         raise ConfigError(f"config learner.objective: {objective!r} is unknown; there are {known}")
     _check_model("learner.model_path", config.learner.model_path)
-    if config.teacher.kind == "vllm":
-        _check_model("teacher.model", config.teacher.model)
+    _check_job(config, RunFolder(config.run_dir).index)
+
+
+def check_collection(config: CollectConfig) -> None:
+    """The same for a collection."""
+    from launch.collect_folder import CollectFolder
+
+    _check_job(config, CollectFolder(config.out, config.scratch).index)
+
+
+def _check_job(config: JobConfig, index: Path) -> None:
+    several = len(config.all_teachers) > 1
+    keys = [f"teachers.{i}.teacher" if several else "teacher" for i in range(len(config.all_teachers))]
+    for key, share in zip(keys, config.all_teachers, strict=True):
+        if share.teacher.kind == "vllm":
+            _check_model(f"{key}.model", share.teacher.model)
     _check_judge(config)
-    _check_task_files(config)
-    if config.teacher.kind == "openai":
-        _check_endpoint(config)
+    if config.tasks.source == "files" or config.retrieval.corpus or config.env.context_passages:
+        load_world(config, index)
+    for key, share in zip(keys, config.all_teachers, strict=True):  # last: it waits for others
+        if share.teacher.kind == "openai":
+            _check_endpoint(key, share.teacher)
 
 
 def _check_model(key: str, model: str) -> None:
@@ -37,7 +56,7 @@ def _check_model(key: str, model: str) -> None:
         raise ConfigError(f"config {key}: {model!r} is no Hugging Face folder (no config.json there)")
 
 
-def _check_judge(config: DistillConfig) -> None:
+def _check_judge(config: JobConfig) -> None:
     """A missing judge or key is found now, not at the first answer."""
     judged = [task_set.path for task_set in (*config.tasks.train, *config.tasks.test) if task_set.grader == "judge"]
     if not judged:
@@ -49,17 +68,9 @@ def _check_judge(config: DistillConfig) -> None:
         raise ConfigError(f"config env.judge: the variable {judge.api_key_env} is not set; it holds the endpoint's key")
 
 
-def _check_task_files(config: DistillConfig) -> None:
-    from launch.run_folder import RunFolder
-    from launch.world import load_world
-
-    if config.tasks.source == "files" or config.retrieval.corpus:
-        load_world(config, RunFolder(config.run_dir).index)
-
-
-def _check_endpoint(config: DistillConfig) -> None:
+def _check_endpoint(key: str, spec: PolicySpec) -> None:
     async def ask() -> None:
-        policy = config.teacher.build()
+        policy = spec.build()
         try:
             await policy.check()  # type: ignore[attr-defined]  # only OpenAI policies are asked
         finally:
@@ -68,4 +79,4 @@ def _check_endpoint(config: DistillConfig) -> None:
     try:
         asyncio.run(ask())
     except PolicyError as error:
-        raise ConfigError(f"config teacher: {error}") from None
+        raise ConfigError(f"config {key}: {error}") from None

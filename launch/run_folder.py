@@ -8,17 +8,33 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from launch.config import DistillConfig
+from launch.config import DistillConfig, JobConfig
 from launch.config_reading import parse_config, to_plain
 
 # What may differ between two jobs on the same folder: where it runs and how long it waits, not what it computes.
-FREE = ("cluster", "rollout.concurrency", "rollout.workers", "rollout.env_hosts", "rollout.env_timeout_s",
-        "rollout.queue_capacity", "run_dir", "learner.output_dir", "evaluate", "retrieval.timeout_s")  # fmt: skip
+FREE = (
+    "cluster",
+    "evaluate",
+    "learner.output_dir",
+    "retrieval.timeout_s",
+    "rollout.concurrency",
+    "rollout.env_hosts",
+    "rollout.env_timeout_s",
+    "rollout.queue_capacity",
+    "rollout.workers",
+    "run_dir",
+    "spend",
+)
+POLICY_FIXED = ("kind", "name", "model", "dtype", "max_model_len", "world_seed")
+"""Of a teacher: what it is. The rest says where it runs, how it is asked and what it costs."""
+
+
+_Job = TypeVar("_Job", bound=JobConfig)
 
 
 class RunFolderError(ValueError):
@@ -67,7 +83,7 @@ class RunFolder:
             found = record.exists()
             plain = to_plain(config)
             if found:
-                _compare(self.path, _fixed(json.loads(record.read_text())), _fixed(plain))
+                check_same(f"run_dir {self.path}", read_record(record.read_text(), record, DistillConfig), config, FREE)
             write_json(record, plain)
             yield found
 
@@ -79,21 +95,41 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(temporary, path)
 
 
-def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+def read_record(text: str, where: object, schema: type[_Job]) -> _Job:
+    """A recorded configuration; what it does not name yet has its default. Raises `RunFolderError`."""
+    try:
+        return parse_config(json.loads(text), schema)
+    except ValueError as error:  # a ConfigError is one
+        raise RunFolderError(f"{where} is no configuration of this version ({error}); choose another folder") from None
+
+
+def check_same(place: str, old: JobConfig, new: JobConfig, free: Sequence[str]) -> None:
+    """Raises `RunFolderError` when `place`, which belongs to `old`, must not be used by `new`."""
+    there, here = _fixed(old, free), _fixed(new, free)
+    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if differing:
         key = differing[0]
         more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
         raise RunFolderError(
-            f"run_dir {path} belongs to another run: there {key} is {old.get(key)!r}, "
-            f"here it is {new.get(key)!r}{more}; choose another run_dir"
+            f"{place} belongs to another run: there {key} is {there.get(key)!r}, "
+            f"here it is {here.get(key)!r}{more}; choose another {place.split()[0]}"
         )
 
 
-def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _flat(config)
+def _fixed(config: JobConfig, free: Sequence[str]) -> dict[str, Any]:
+    plain = to_plain(config)
+    del plain["teacher"], plain["teachers"]
+    plain["teacher"] = {
+        str(i): {"weight": share.weight, **{name: getattr(share.teacher, name) for name in POLICY_FIXED}}
+        for i, share in enumerate(config.all_teachers)
+    }
+    if len(config.all_teachers) == 1:
+        plain["teacher"] = plain["teacher"]["0"]
+        del plain["teacher"]["weight"], plain["share"]
     return {
-        key: value for key, value in flat.items() if not any(key == free or key.startswith(free + ".") for free in FREE)
+        key: value
+        for key, value in _flat(plain).items()
+        if not any(key == name or key.startswith(name + ".") for name in free)
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from envs.base import EnvError, Task
 from envs.pool import start_env_hosts
 from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_retrieval_actor
 from envs.retrieval.spec import RetrieverSpec
-from launch.config import DistillConfig
+from launch.config import DistillConfig, JobConfig, TeacherShare
+from launch.joint_collection import JointCollection
+from launch.teachers import assign
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
 from rollout.policy_spec import PolicySpec
+from rollout.task_feed import EpisodeRequest
 
 START_TIMEOUT_S = 900.0
 
@@ -25,12 +29,14 @@ START_TIMEOUT_S = 900.0
 class Environments:
     """The running env hosts, and the retrieval behind them."""
 
-    hosts: list[Any]
+    groups: list[list[Any]]
+    """Hosts for each collection that runs at the same time: two that shared a host would share its slots."""
     retrieval: RayRetrieverClient | None
 
     @classmethod
-    def start(cls, config: DistillConfig, retriever: RetrieverSpec | None) -> Environments:
-        """Starts everything and returns at once; `wait_ready` before the first episode."""
+    def start(cls, config: JobConfig, retriever: RetrieverSpec | None, *, slots: Sequence[int]) -> Environments:
+        """Starts everything, a group of hosts for each of `slots` (episodes at a time), and returns at once:
+        `wait_ready` before the first episode."""
         client = search = None
         if retriever is not None:
             offline = os.environ.get("HF_HUB_OFFLINE", "1" if retriever.encoder == "minilm" else "0")
@@ -38,14 +44,12 @@ class Environments:
             actor = start_retrieval_actor(retriever, name=name, env_vars={"HF_HUB_OFFLINE": offline})
             client = RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s)
             search = NamedSearch(name, config.retrieval.timeout_s)
-        slots = max(config.rollout.concurrency * config.rollout.workers, config.evaluate.concurrency)
-        hosts = start_env_hosts(
-            config.env,
-            count=config.rollout.env_hosts,
-            slots_per_host=-(-slots // config.rollout.env_hosts),
-            search=search,
-        )
-        return cls(hosts, client)
+        hosts = config.rollout.env_hosts
+        groups = [
+            start_env_hosts(config.env, count=hosts, slots_per_host=-(-count // hosts), search=search)
+            for count in slots
+        ]
+        return cls(groups, client)
 
     def wait_ready(self) -> bool:
         """Waits until the index is loaded and every host answers; returns whether they can preview.
@@ -57,18 +61,19 @@ class Environments:
         if self.retrieval is not None:
             self.retrieval.wait_ready(START_TIMEOUT_S)
         try:
-            return all(ray.get([host.can_preview.remote() for host in self.hosts], timeout=START_TIMEOUT_S))
+            asked = [host.can_preview.remote() for group in self.groups for host in group]
+            return all(ray.get(asked, timeout=START_TIMEOUT_S))
         except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
             raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error
 
 
-def start_workers(config: DistillConfig, spec: PolicySpec, *, count: int) -> list[Any]:
+def start_workers(config: JobConfig, spec: PolicySpec, *, count: int) -> list[Any]:
     """Rollout actors for `spec`; an engine gets its GPUs, an API client or the expert needs none."""
     gpus = config.cluster.gpus_per_worker * spec.tensor_parallel_size if spec.kind == "vllm" else 0.0
     return start_rollout_actors(spec, count=count, num_gpus=gpus)
 
 
-def start_collection(
+def start_evaluation(
     config: DistillConfig,
     environments: Environments,
     workers: list[Any],
@@ -78,23 +83,94 @@ def start_collection(
     settings: EpisodeSettings,
     ledger: Path,
     samples: int = 1,
-    queue: Any = None,
     weights: Weights | None = None,
-    concurrency: int,
 ) -> Collection:
     """What of `tasks` x `samples` is not in the ledger yet, on `workers`. Waits for the environments first."""
     can_preview = environments.wait_ready()
     requests, found = missing_requests(tasks, policy=policy, settings=settings, ledger=Ledger(ledger), samples=samples)
     return Collection(
         workers,
-        environments.hosts,
+        environments.groups[0],
         requests,
         found=found,
         settings=settings,
         ledger=ledger,
-        queue=queue,
         weights=weights,
-        concurrency=concurrency,
+        concurrency=config.evaluate.concurrency,
         can_preview=can_preview,
         env_timeout_s=config.rollout.env_timeout_s,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A teacher, and the episodes that are its own."""
+
+    share: TeacherShare
+    requests: list[EpisodeRequest]
+    """All of them, those that are recorded already included."""
+    missing: list[EpisodeRequest]
+
+    @property
+    def name(self) -> str:
+        return self.share.teacher.policy_name
+
+    def slots(self, config: JobConfig) -> int:
+        """Episodes at a time, over all its workers."""
+        return self.concurrency(config) * self.workers(config)
+
+    def concurrency(self, config: JobConfig) -> int:
+        """Per worker."""
+        return self.share.concurrency or config.rollout.concurrency
+
+    def workers(self, config: JobConfig) -> int:
+        return self.share.workers or config.rollout.workers
+
+
+def assignments(config: JobConfig, tasks: Sequence[Task], ledger: Ledger) -> list[Assignment]:
+    """Who does what of `tasks` x `rollout.samples`, and what of it `ledger` does not hold yet."""
+    recorded = ledger.keys()
+    teachers = config.all_teachers
+    assigned = assign(tasks, config.rollout.samples, teachers, config.share, config.episode)
+    return [
+        Assignment(share, requests, [request for request in requests if request.key not in recorded])
+        for share, requests in zip(teachers, assigned, strict=True)
+    ]
+
+
+def start_collections(
+    config: JobConfig,
+    environments: Environments,
+    assigned: Sequence[Assignment],
+    *,
+    ledger: Path,
+    queue: Any = None,
+) -> tuple[JointCollection, list[list[Any]]]:
+    """One collection a teacher, all at the same time, and their workers. Waits for the environments first.
+
+    `environments` was started with one group of hosts for each of `assigned`. A teacher that has nothing left to do is
+    not loaded: it has no workers.
+    """
+    can_preview = environments.wait_ready()
+    collections: dict[str, Collection] = {}
+    workers: list[list[Any]] = []
+    done = 0
+    for each, hosts in zip(assigned, environments.groups, strict=True):
+        if not each.missing:
+            workers.append([])
+            done += len(each.requests)
+            continue
+        workers.append(start_workers(config, each.share.teacher, count=each.workers(config)))
+        collections[each.name] = Collection(
+            workers[-1],
+            hosts,
+            each.missing,
+            found=len(each.requests) - len(each.missing),
+            settings=config.episode,
+            ledger=ledger,
+            queue=queue,
+            concurrency=each.concurrency(config),
+            can_preview=can_preview,
+            env_timeout_s=config.rollout.env_timeout_s,
+        )
+    return JointCollection(collections, done=done), workers

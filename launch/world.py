@@ -11,7 +11,7 @@ from envs.retrieval.spec import RetrieverSpec
 from envs.starter import StarterWorld
 from envs.task_leakage import check_disjoint, without_overlap
 from envs.tasks import load_tasks
-from launch.config import DistillConfig, TaskSet
+from launch.config import JobConfig, TaskSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class World:
     retriever: RetrieverSpec | None
 
 
-def load_world(config: DistillConfig, index_folder: Path) -> World:
+def load_world(config: JobConfig, index_folder: Path) -> World:
     """Raises `TaskError` or `CorpusError`-like errors that name file and line."""
     tasks = config.tasks
     starter = StarterWorld(tasks.seed) if tasks.source == "starter" else None
@@ -45,9 +45,15 @@ def _load(task_set: TaskSet) -> list[Task]:
     )
 
 
-def _retriever(config: DistillConfig, starter: StarterWorld | None, index_folder: Path) -> RetrieverSpec | None:
+def _retriever(config: JobConfig, starter: StarterWorld | None, index_folder: Path) -> RetrieverSpec | None:
     retrieval = config.retrieval
-    if retrieval.kind == "none" or config.env.name == "answer":
+    env = config.env
+    if env.name == "answer" and not env.context_passages:
+        return None
+    if retrieval.kind == "none":
+        if env.name == "search" or env.context_passages:
+            what = "env 'search'" if env.name == "search" else f"env.context_passages={env.context_passages}"
+            raise TaskError(f"retrieval.kind is 'none', but {what} needs something to search: set it to bm25 or hybrid")
         return None
     if retrieval.corpus and not Path(retrieval.corpus).is_file():
         raise TaskError(f"retrieval.corpus {retrieval.corpus!r} does not exist")

@@ -1,0 +1,86 @@
+"""Rollout collection alone, on any cluster: teachers act on tasks, and every trajectory is kept.
+
+    python launch/collect.py                                  the starter world and its expert, into runs/
+    python launch/collect.py out=runs/mine tasks=questions.jsonl retrieval.corpus=passages.jsonl \\
+        teacher=openai teacher.model=gpt-4o-mini teacher.base_url=https://api.openai.com/v1
+    ray job submit --working-dir . -- python launch/collect.py recipe=paper out=s3://bucket/paper rollout.samples=4
+
+The same command again does what is missing. `--cfg` prints the configuration and stops.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: imports come from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import signal
+from collections.abc import Sequence
+
+EXIT_CODES = """exit codes:
+  0    done: every episode is recorded, or its failure is, with its class
+  1    failed on the way, or episodes are missing
+  2    refused before anything started
+  130  interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="launch/collect.py",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as out=runs/a or rollout.samples=4")
+    parser.add_argument("--cfg", action="store_true", help="print the configuration as YAML and stop")
+    options = parser.parse_args(arguments)
+
+    from launch.config import CollectConfig
+    from launch.config_reading import compose, parse_config
+    from learner.config import ConfigError
+
+    try:
+        plain = compose(options.overrides, name="collect")
+        config = parse_config(plain, CollectConfig)
+        if options.cfg:
+            from omegaconf import OmegaConf
+
+            print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
+            return 0
+        from launch.preflight import check_collection
+
+        check_collection(config)
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # A job that is stopped politely ends as one that is interrupted: everything it started ends first.
+    # Both are set: a shell's background job starts with SIGINT ignored.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+
+    from launch.collect_folder import CollectFolder
+    from launch.collect_job import CollectJobError, run_collection
+
+    folder = CollectFolder(config.out, config.scratch)
+    try:
+        with folder.claim(config) as found:
+            summary = run_collection(config, folder, resumed=found)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CollectJobError as error:
+        print(f"error: {error}\nthe same command goes on from {folder.path}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {folder.path}", file=sys.stderr)
+        return 130
+    print(f"summary: {folder.summary}")
+    return 0 if summary.complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

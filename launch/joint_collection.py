@@ -1,0 +1,83 @@
+"""`JointCollection`: the collections of several teachers, as one. All write to the same ledger.
+
+When one of them cannot go on, the others finish what is theirs; then the failure is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from rollout.collector import Collection, CollectionError
+from rollout.task_feed import CollectProgress
+
+
+class JointCollection:
+    """`collections` by teacher's name; `done` more are recorded already, of teachers with nothing left to do."""
+
+    def __init__(self, collections: Mapping[str, Collection], *, done: int = 0) -> None:
+        self._done = CollectProgress(total=done, found=done)
+        self._collections = dict(collections)
+        self._running = set(collections)
+        self._broken: dict[str, CollectionError] = {}
+
+    def poll(self, timeout_s: float = 0.0) -> bool:
+        """True when all have ended. Raises `CollectionError` when they have, and one of them by a failure."""
+        from ray.exceptions import RayError
+
+        for name in sorted(self._running):
+            try:
+                ended = self._collections[name].poll(timeout_s / len(self._running))
+            except CollectionError as error:
+                self._broken[name] = error
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                self._broken[name] = CollectionError(_first_line(cause))
+            else:
+                if not ended:
+                    continue
+            self._running.discard(name)
+        if not self._running and self._broken:
+            named = "; ".join(f"{name}: {error}" for name, error in self._broken.items())
+            raise CollectionError(named)
+        return not self._running
+
+    def progress(self, timeout_s: float = 10.0) -> CollectProgress:
+        return summed([self._done, *(collection.progress(timeout_s) for collection in self._collections.values())])
+
+    def close(self) -> None:
+        for collection in self._collections.values():
+            collection.close()
+
+
+def summed(parts: Sequence[CollectProgress]) -> CollectProgress:
+    """Counts are added, times are not: the collections ran at the same time."""
+    whole = CollectProgress()
+    for field in fields(CollectProgress):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name.endswith("_s"):
+            setattr(whole, field.name, max(values, default=0.0))
+        elif isinstance(getattr(whole, field.name), dict):
+            setattr(whole, field.name, _added(values))
+        else:
+            setattr(whole, field.name, sum(values))
+    return whole
+
+
+def _added(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key not in whole:
+                whole[key] = value
+            elif isinstance(value, tuple):
+                whole[key] = tuple(a + b for a, b in zip(whole[key], value, strict=True))
+            else:
+                whole[key] += value
+    return whole
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
