@@ -69,8 +69,8 @@ class Environments:
 
 def start_workers(config: JobConfig, spec: PolicySpec, *, count: int) -> list[Any]:
     """Rollout actors for `spec`; an engine gets its GPUs, an API client or the expert needs none."""
-    gpus = config.cluster.gpus_per_worker * spec.tensor_parallel_size if spec.kind == "vllm" else 0.0
-    return start_rollout_actors(spec, count=count, num_gpus=gpus)
+    gpus_per_rank = config.cluster.gpus_per_worker if spec.kind == "vllm" else 0.0
+    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus_per_rank)
 
 
 def start_evaluation(
@@ -143,7 +143,7 @@ def start_collections(
     environments: Environments,
     assigned: Sequence[Assignment],
     *,
-    ledger: Path,
+    ledger: Path | str,
     queue: Any = None,
 ) -> tuple[JointCollection, list[list[Any]]]:
     """One collection a teacher, all at the same time, and their workers. Waits for the environments first.

@@ -27,9 +27,18 @@ from envs.base import Task
 from envs.pool import RemoteEnv
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger, LedgerWriter
+from rollout.placement import engine_demand, place_engine, release
 from rollout.policy_spec import PolicySpec
-from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed
+from rollout.spend import RemoteMeter
+from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed, WorkerState
 from rollout.worker import RolloutWorker
+
+BARREN_STARTS = 3
+"""So many times in a row may a worker die without having recorded anything; more often it will not work at all."""
+FEED_S = 120.0
+"""How long the feed may take to answer; it does next to nothing."""
+_reserved: dict[Any, dict[str, Any]] = {}
+"""Rollout actor -> the options that reserved its place."""
 
 
 class CollectionError(RuntimeError):
@@ -82,10 +91,16 @@ class _RemoteFeed:
         self._handle = handle
 
     async def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
-        return await self._handle.next.remote(worker, count)
+        return await asyncio.wait_for(self._handle.next.remote(worker, count), FEED_S)
 
     async def done(self, worker: str, summaries: Sequence[EpisodeSummary]) -> None:
-        await self._handle.done.remote(worker, list(summaries))
+        await asyncio.wait_for(self._handle.done.remote(worker, list(summaries)), FEED_S)
+
+    async def report(self, worker: str, state: WorkerState) -> None:
+        await asyncio.wait_for(self._handle.report.remote(worker, state), FEED_S)
+
+    async def stop(self, reason: str) -> None:
+        await asyncio.wait_for(self._handle.stop.remote(reason), FEED_S)
 
 
 class RolloutActor:
@@ -94,14 +109,16 @@ class RolloutActor:
     Blocked by a full queue; unblocked by its reader, or killed with the job.
     """
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: PolicySpec, meter: Any = None) -> None:
         self._spec = spec
+        self._meter = RemoteMeter(meter) if meter is not None else None
         self._policy: Any = None
 
     async def start(self) -> str:
         """Load the policy; returns its name."""
         if self._policy is None:
-            self._policy = await asyncio.to_thread(self._spec.build)
+            meter = {} if self._meter is None else {"meter": self._meter}
+            self._policy = await asyncio.to_thread(self._spec.build, **meter)
         return self._policy.name
 
     async def run(
@@ -113,6 +130,7 @@ class RolloutActor:
         ledger: str,
         queue: Any,
         weights: Weights | None,
+        adaptive: bool,
     ) -> int:
         """One collection, start to end; returns how many episodes this worker recorded."""
         await self.start()
@@ -124,8 +142,9 @@ class RolloutActor:
             envs=env_slots.connect(),
             settings=settings,
             feed=_RemoteFeed(feed),
-            ledger=LedgerWriter(Path(ledger), writer=name),
+            ledger=LedgerWriter(ledger, writer=name),
             sink=queue,
+            adaptive=adaptive,
         )
         return await worker.run()
 
@@ -146,20 +165,45 @@ def start_rollout_actors(
     *,
     count: int,
     num_cpus: float = 0.0,
-    num_gpus: float = 0.0,
+    gpus_per_rank: float = 0.0,
     env_vars: Mapping[str, str] | None = None,
+    meter: Any = None,
 ) -> list[Any]:
-    """`count` Ray actors that will hold the policy; loading begins with `start()` or the first collection."""
+    """`count` x `spec.data_parallel_size` Ray actors, each with the policy of its own; loading begins with `start()` or
+    the first collection.
+
+    `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks. `meter`: handle of a
+    `rollout.spend.SpendMeter` actor. Raises `PlacementError` when the cluster has no place for an engine.
+    """
     import ray
 
-    actor = ray.remote(RolloutActor).options(  # type: ignore[attr-defined]
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        max_concurrency=16,
-        max_restarts=2,
-        runtime_env={"env_vars": {**spec.environment(), **(env_vars or {})}},
-    )
-    return [actor.remote(spec) for _ in range(count)]
+    actors = []
+    for _ in range(count * spec.data_parallel_size):
+        demand = engine_demand(
+            tensor_parallel_size=spec.tensor_parallel_size,
+            pipeline_parallel_size=spec.pipeline_parallel_size,
+            gpus_per_rank=gpus_per_rank,
+        )
+        place = place_engine(demand)
+        actor = ray.remote(RolloutActor).options(  # type: ignore[attr-defined]
+            num_cpus=num_cpus,
+            max_concurrency=16,
+            max_restarts=-1,  # `Collection` counts them
+            runtime_env={"env_vars": {**spec.environment(), **(env_vars or {})}},
+            **place,
+        )
+        actors.append(actor.remote(spec, meter))
+        _reserved[actors[-1]] = place
+    return actors
+
+
+def stop_rollout_actors(actors: Sequence[Any]) -> None:
+    """End them and give back what was reserved for them."""
+    import ray
+
+    for actor in actors:
+        ray.kill(actor)
+        release(_reserved.pop(actor, {}))
 
 
 class Collection:
@@ -173,18 +217,19 @@ class Collection:
         *,
         found: int = 0,
         settings: EpisodeSettings,
-        ledger: Path,
+        ledger: Path | str,
         queue: Any = None,
         weights: Weights | None = None,
         concurrency: int = 32,
+        adaptive: bool = True,
         can_preview: bool = True,
         env_timeout_s: float = 60.0,
-        restarts: int = 5,
     ) -> None:
         import ray
 
         self._actors, self._hosts, self._settings = list(actors), tuple(hosts), settings
-        self._ledger, self._queue, self._weights, self._restarts = ledger, queue, weights, restarts
+        self._ledger, self._queue, self._weights, self._adaptive = ledger, queue, weights, adaptive
+        self._barren = [0] * len(self._actors)
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
         self._feed: Any = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
         self._running: dict[Any, tuple[int, str]] = {}
@@ -192,9 +237,13 @@ class Collection:
             self._start(i)
 
     def poll(self, timeout_s: float = 0.0) -> bool:
-        """True when every episode is recorded. Replaces dead workers; raises `CollectionError` when too many died."""
+        """True when every episode is recorded, or the feed was stopped (`progress().stopped` says why).
+
+        Replaces dead workers and those whose engine died. Raises `CollectionError` when one dies again and again, or
+        fails in a way that would only repeat.
+        """
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         done, _ = ray.wait(list(self._running), timeout=timeout_s) if self._running else ([], [])
         for reference in done:
@@ -203,6 +252,11 @@ class Collection:
                 ray.get(reference)
             except RayActorError as error:
                 self._replace(index, name, error)
+            except RayTaskError as error:
+                if not getattr(error.cause, "ends_collection", False):
+                    raise CollectionError(f"rollout worker {index}: {_words(error.cause)}") from error
+                ray.kill(self._actors[index], no_restart=False)  # what an engine leaves behind ends with its process
+                self._replace(index, name, error.cause)
         return not self._running
 
     def progress(self, timeout_s: float = 10.0) -> CollectProgress:
@@ -222,16 +276,25 @@ class Collection:
         slots = tuple(((index * per_worker + i) % hosts, index * per_worker + i) for i in range(per_worker))
         env_slots = EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
         reference = self._actors[index].run.remote(
-            name, env_slots, self._settings, self._feed, str(self._ledger), self._queue, self._weights
+            name, env_slots, self._settings, self._feed, str(self._ledger), self._queue, self._weights, self._adaptive
         )
         self._running[reference] = (index, name)
 
     def _replace(self, index: int, name: str, error: Exception) -> None:
         import ray
 
-        if self._restarts == 0:
-            raise CollectionError(f"rollout worker {index} died too often; the last time: {error}") from error
-        self._restarts -= 1
         # What the dead worker had recorded but not reported must not be run again.
-        ray.get(self._feed.release.remote(name, list(Ledger(self._ledger).keys())), timeout=60)
+        keys = list(Ledger(self._ledger).keys())
+        recorded = ray.get(self._feed.release.remote(name, keys), timeout=FEED_S)
+        self._barren[index] = 0 if recorded else self._barren[index] + 1
+        if self._barren[index] > BARREN_STARTS:
+            raise CollectionError(
+                f"rollout worker {index} died {self._barren[index]} times in a row without recording anything; "
+                f"the last time: {_words(error)}"
+            ) from error
         self._start(index)
+
+
+def _words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

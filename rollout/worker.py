@@ -2,9 +2,13 @@
 it.
 
 Consumes requests from a `TaskFeed`, one whenever a slot is free. Produces ledger shards, then puts the resulting
-trajectories into the trajectory queue. Waits for: the policy, the envs, and the queue when it is full, which holds new
-episodes back too (the slots hand over to a bounded buffer). Unblocked by: whoever empties the queue, or the queue's
-end.
+trajectories into the trajectory queue. Waits for: the policy, the envs, the ledger's disk when it is full, and the
+queue when it is full, which holds new episodes back too (the slots hand over to a bounded buffer). Unblocked by:
+whoever empties the queue or the disk, or the queue's end.
+
+How many episodes run at a time follows the engine's KV cache (`rollout.concurrency`), up to one an env. A budget that
+is used up stops the feed, and what is under way ends by itself; an engine that died ends the worker, which gives its
+leases back.
 
 A plain class; `rollout.collector` makes it a Ray actor.
 """
@@ -12,22 +16,29 @@ A plain class; `rollout.collector` makes it a Ray actor.
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from envs.base import EnvError
 from rollout.async_env import AsyncEnv
+from rollout.concurrency import AdaptiveConcurrency, Gate, Pressure
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.ledger import LedgerWriter
-from rollout.policy import Policy
-from rollout.task_feed import EpisodeRequest, EpisodeSummary
-from rollout.trajectory import Trajectory
+from rollout.policy import Policy, PolicyError
+from rollout.task_feed import EpisodeRequest, EpisodeSummary, WorkerState
+from rollout.trajectory import FailureClass, Trajectory
 
 ATTEMPTS = 3
 """How often an episode is tried within a run when it fails through our own fault."""
+TRIED_AGAIN = (FailureClass.ENVIRONMENT, FailureClass.ENGINE)
 FLUSH_S = 0.25
 FLUSH_COUNT = 64
+OBSERVE_S = 1.0
+LEDGER_PATIENCE_S = 900.0
+"""How long a ledger that cannot be written (its disk is full, its store does not answer) is tried again."""
 
 
 class Feed(Protocol):
@@ -37,6 +48,10 @@ class Feed(Protocol):
 
     def done(self, worker: str, summaries: Sequence[EpisodeSummary]) -> Awaitable[None]: ...
 
+    def report(self, worker: str, state: WorkerState) -> Awaitable[None]: ...
+
+    def stop(self, reason: str) -> Awaitable[None]: ...
+
 
 class Sink(Protocol):
     """Where results go; `rollout.trajectory_queue.TrajectoryQueue` is the real one."""
@@ -45,7 +60,10 @@ class Sink(Protocol):
 
 
 class RolloutWorker:
-    """Runs one collection with `len(envs)` episodes at a time."""
+    """Runs one collection with at most `len(envs)` episodes at a time.
+
+    `adaptive`: fewer when the policy's engine is full (one that cannot be asked, such as an API, gets them all).
+    """
 
     def __init__(
         self,
@@ -57,18 +75,32 @@ class RolloutWorker:
         feed: Feed,
         ledger: LedgerWriter,
         sink: Sink | None = None,
+        adaptive: bool = True,
+        ledger_patience_s: float = LEDGER_PATIENCE_S,
     ) -> None:
         self._name, self._policy, self._envs, self._settings = name, policy, envs, settings
         self._feed, self._ledger, self._sink = feed, ledger, sink
+        self._ledger_patience_s = ledger_patience_s
         self._requests: deque[EpisodeRequest] = deque()
         self._refill = asyncio.Lock()
         self._ended = False
+        self._error: PolicyError | None = None
+        self._note = ""
         self._finished: asyncio.Queue[Trajectory | None] = asyncio.Queue(maxsize=FLUSH_COUNT)
         """Finished episodes; None is the end."""
+        self._pressure: Callable[[], Pressure] | None = getattr(policy, "pressure", None) if adaptive else None
+        most = len(envs)
+        self._concurrency = AdaptiveConcurrency(least=min(4, most), most=most)
+        self._gate = Gate(most if self._pressure is None else self._concurrency.limit)
 
     async def run(self) -> int:
-        """Until the feed has nothing left; returns how many episodes were recorded. Raises what the ledger raises."""
+        """Until the feed has nothing left; returns how many episodes were recorded.
+
+        Raises what the ledger raises, and `PolicyError` when the policy's engine died; what had finished is recorded
+        first.
+        """
         recorder = asyncio.create_task(self._record())
+        watcher = asyncio.create_task(self._watch())
         slots = [asyncio.create_task(self._slot(env)) for env in self._envs]
         everything = asyncio.gather(*slots)
         try:
@@ -77,42 +109,79 @@ class RolloutWorker:
                 recorder.result()
             await everything
             await self._finished.put(None)
-            return await recorder
+            recorded = await recorder
+            if self._error is not None:
+                raise self._error
+            return recorded
         finally:
-            for task in (*slots, recorder):
+            for task in (*slots, recorder, watcher):
                 task.cancel()
 
     async def _slot(self, env: AsyncEnv) -> None:
-        while (request := await self._next()) is not None:
-            await self._finished.put(await self._episode(request, env))
+        while True:
+            await self._gate.enter()
+            try:
+                request = await self._next()
+                if request is None:
+                    return
+                trajectory = await self._episode(request, env)
+            except PolicyError as error:
+                # The budget is used up, or the engine is gone. What others have finished is still recorded, and what
+                # they have begun may come to its end, if it can.
+                self._ended = True
+                if error.failure_class is FailureClass.LIMIT:
+                    await self._feed.stop(str(error))
+                else:
+                    self._error = error
+                return
+            finally:
+                await self._gate.leave()
+            await self._finished.put(trajectory)
 
     async def _episode(self, request: EpisodeRequest, env: AsyncEnv) -> Trajectory:
         for attempt in range(ATTEMPTS):
             if attempt:
-                await asyncio.sleep(0.5 * 2**attempt)
-            trajectory = await run_episode(
-                request.task,
-                policy=self._policy,
-                env=env,
-                settings=self._settings,
-                sample_index=request.sample_index,
-            )
-            await _close(env)
-            if trajectory.failure is None:
+                await asyncio.sleep(0.5 * 2**attempt * random.uniform(0.5, 1.0))
+            try:
+                trajectory = await run_episode(
+                    request.task,
+                    policy=self._policy,
+                    env=env,
+                    settings=self._settings,
+                    sample_index=request.sample_index,
+                )
+            finally:
+                await _close(env)
+            if trajectory.failure is None or trajectory.failure.failure_class not in TRIED_AGAIN:
                 break
         return trajectory
 
     async def _next(self) -> EpisodeRequest | None:
         async with self._refill:
             while not self._requests and not self._ended:
-                got = await self._feed.next(self._name, max(1, len(self._envs) // 2))
+                got = await self._feed.next(self._name, max(1, self._gate.limit // 2))
                 if got is None:
                     self._ended = True
                 elif got:
                     self._requests.extend(got)
                 else:
                     await asyncio.sleep(0.2)
-            return self._requests.popleft() if self._requests else None
+            return self._requests.popleft() if self._requests and not self._ended else None
+
+    async def _watch(self) -> None:
+        """Once in a while: the limit follows the engine, and the feed hears how things are."""
+        while True:
+            pressure = self._pressure() if self._pressure is not None else None
+            if pressure is not None:
+                await self._gate.set(self._concurrency.observe(pressure, running=self._gate.inside))
+            state = WorkerState(
+                running=self._gate.inside,
+                limit=self._gate.limit,
+                kv_usage=pressure.kv_usage if pressure is not None else None,
+                note=self._note,
+            )
+            await self._feed.report(self._name, state)
+            await asyncio.sleep(OBSERVE_S)
 
     async def _record(self) -> int:
         recorded, ended = 0, False
@@ -120,13 +189,29 @@ class RolloutWorker:
             batch, ended = await self._batch()
             if not batch:
                 continue
-            await asyncio.to_thread(self._ledger.append, batch)
+            await self._append(batch)
             recorded += len(batch)
             await self._feed.done(self._name, [_summary(trajectory) for trajectory in batch])
             results = [trajectory for trajectory in batch if trajectory.failure is None]
             if results and self._sink is not None:
                 await self._sink.aput(results)  # the learner refuses, and counts, what it must not learn from
         return recorded
+
+    async def _append(self, batch: Sequence[Trajectory]) -> None:
+        """Trajectories are dear: a ledger that cannot be written is waited for, and new episodes with it."""
+        began, delay_s = time.monotonic(), 0.5
+        while True:
+            try:
+                await asyncio.to_thread(self._ledger.append, batch)
+            except OSError as error:
+                if time.monotonic() - began > self._ledger_patience_s:
+                    raise
+                self._note = f"the ledger cannot be written: {error.strerror or error}"
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, 15.0)
+            else:
+                self._note = ""
+                return
 
     async def _batch(self) -> tuple[list[Trajectory], bool]:
         """What finished within `FLUSH_S` of the first one, at most `FLUSH_COUNT`; and whether that was the end."""
@@ -154,13 +239,18 @@ async def _close(env: AsyncEnv) -> None:
 
 
 def _summary(trajectory: Trajectory) -> EpisodeSummary:
+    failure = trajectory.failure
     return EpisodeSummary(
         key=trajectory.key,
         kind=trajectory.task.kind,
         success=trajectory.success,
         stop_reason=trajectory.stop_reason.value,
-        failed=trajectory.failure is not None,
+        failed=failure is not None,
+        failure_class=failure.failure_class if failure is not None else None,
+        failure_message=failure.message[:300] if failure is not None else "",
         steps=len(trajectory.steps),
         completion_tokens=trajectory.completion_tokens,
-        tool_calls=sum(step.tool_calls for step in trajectory.steps),
+        prompt_tokens=trajectory.usage.prompt_tokens,
+        cost_usd=trajectory.usage.cost_usd,
+        tool_calls=trajectory.tool_calls,
     )

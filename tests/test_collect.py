@@ -76,6 +76,12 @@ class LocalFeed:
     async def done(self, worker, summaries):
         self.feed.done(worker, summaries)
 
+    async def report(self, worker, state):
+        self.feed.report(worker, state)
+
+    async def stop(self, reason):
+        self.feed.stop(reason)
+
 
 class ListSink:
     def __init__(self, ledger) -> None:
@@ -135,7 +141,7 @@ def test_leases_of_a_dead_worker_go_back_to_the_front():
     held = feed.next("a", 3)
     assert held is not None
     feed.done("a", [summary(held[0].key)])
-    assert feed.release("a", recorded_keys=[held[1].key]) == 1
+    assert feed.release("a", recorded_keys=[held[1].key]) == 2 and feed.progress().recorded == 2
     again = feed.next("b", 10)
     assert [r.key for r in again or []] == [held[2].key] + [request(i).key for i in range(3, 6)]
 
