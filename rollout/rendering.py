@@ -15,6 +15,7 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class Renderer:
         self._special_ids = frozenset(added | set(tokenizer.all_special_ids))
         self._pieces: dict[tuple[Role, ...], _Pieces] = {}
         self._literal_ids: dict[str, tuple[int, ...]] = {}
+        # A conversation is rendered again at each of its steps, with one new message at its end.
+        self._content = functools.lru_cache(maxsize=1024)(self._encode)
 
     def prompt(self, messages: Sequence[Message], prefix: str = "") -> tuple[int, ...]:
         """Ids of `messages` + the generation prompt (+ `prefix`, the beginning of the assistant's turn)."""
@@ -139,7 +142,7 @@ class Renderer:
         anchors = (_anchor(message.content, start, end) for start, end in zip(starts, ends, strict=True))
         return ids, tuple(_type_at(message.spans, anchor, default) for anchor in anchors)
 
-    def _content(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _encode(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids and end offsets (characters) of a content; text that spells a special token stays plain text."""
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
