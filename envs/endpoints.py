@@ -10,8 +10,10 @@ Example::
 
 from __future__ import annotations
 
+import email.utils
 import ipaddress
 import random
+import time
 from urllib.parse import urlsplit
 
 FIRST_DELAY_S = 0.5
@@ -41,9 +43,21 @@ def may_pass(error: Exception) -> bool:
 
 
 def delay_s(error: Exception, tried: int) -> float:
-    """Seconds to wait after try number `tried` (from 0): what the server asks for, else doubling with jitter."""
+    """Seconds to wait after try number `tried` (from 0): what the server asks for, else anything up to a limit that
+    doubles (full jitter, so that those who failed together do not come back together)."""
+    asked = asked_wait_s(error)
+    return random.uniform(0.0, min(FIRST_DELAY_S * 2**tried, LONGEST_DELAY_S)) if asked is None else asked
+
+
+def asked_wait_s(error: Exception) -> float | None:
+    """Seconds that the server asks to wait (Retry-After, in seconds or as a date); None when it does not say."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    asked = str(headers.get("retry-after", "")).strip()
     try:
-        return max(0.0, float(headers.get("retry-after", "")))
-    except ValueError:  # absent, or a date: the usual delays are as good
-        return min(FIRST_DELAY_S * 2**tried, LONGEST_DELAY_S) * random.uniform(0.75, 1.0)
+        seconds = float(asked)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if seconds == seconds else None

@@ -1,21 +1,23 @@
 """`OpenAIPolicy`: any endpoint that speaks OpenAI's chat completions (vLLM, SGLang, Ollama, hosted APIs) as a
 `Policy`.
 
-A call costs money and may fail, so failures that pass (429, 5xx, timeouts, broken connections, answers without a
-usable choice) are tried again after the wait that the server asks for; all others are raised at once. No tokens are
-seen here: `Completion.token_ids` is None. The key comes from the environment and nowhere else.
+A call costs money and may fail: what makes it succeed, or stop, within its limits is `rollout.endpoint_client`. No
+tokens are seen here: `Completion.token_ids` is None (`rollout.vllm_server_policy` sees them). The key comes from the
+environment and nowhere else.
 
-A prefix is given in one of three ways (`prefill`):
+A prefix is given in one of three ways (`prefill`), which `Completion.prefix_by` tells:
 
 - "continue": the conversation ends with an assistant message that vLLM is told to go on with
   (`continue_final_message`); exact.
 - "message": the same message without vLLM's flags, for endpoints that continue a last assistant message by themselves
   (Anthropic, DeepSeek, Mistral and others behind a compatible API).
 - "none": for endpoints without prefill the last message asks for it ("Begin your answer exactly with: ..."). A reply
-that
-  does not begin so gets the prefix put in front. The request never becomes part of the trajectory.
+  that does not begin so gets the prefix put in front. The request never becomes part of the trajectory ("asked").
 
 "auto" asks once: "continue" for vLLM, "none" for all others; `prefill_used` says which.
+
+Fields that a server refuses (`seed`, `logprobs`, `n`, `stop`, `temperature` of reasoning models, the older of the two
+names of `max_tokens`) are left out from then on; `notes` says which, and a warning says it once.
 
 Example::
 
@@ -28,42 +30,48 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
-from envs.endpoints import delay_s, is_local, may_pass
+from rollout.endpoint_client import (
+    OPENAI,
+    Answer,
+    CallLimit,
+    EndpointClient,
+    EndpointSettings,
+    Request,
+    RequestRefused,
+)
 from rollout.policy import PolicyError, Sampling
-from rollout.trajectory import Completion, FailureClass, Message
+from rollout.rate_limits import RateLimits, Retries
+from rollout.replies import ReplyChoice, read_chat
+from rollout.spend import Meter, Prices
+from rollout.trajectory import Completion, FailureClass, Message, PrefixBy
 
 Prefill = Literal["auto", "continue", "message", "none"]
 
-_OPENAI = "https://api.openai.com/v1"
-_CHECK_TIMEOUT_S = 5.0
+_PREFIX_BY: dict[str, PrefixBy] = {"continue": "continue", "message": "message", "none": "asked"}
 _MAX_STOPS = 4
 """What the API allows, and vLLM's server too."""
-_T = TypeVar("_T")
+_DROPPABLE = ("logprobs", "seed", "stop", "temperature", "top_p", "n")
+_OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+_TOKENS_OF_A_MESSAGE = 16
+"""At most, for the template's own text around one."""
 
-
-class _UnusableAnswerError(Exception):
-    """An answer with status 200 and nothing in it to use."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    text: str
-    finish_reason: Literal["stop", "length", "abort"]
-    logprobs: tuple[float, ...] | None
-    completion_tokens: int
+logger = logging.getLogger(__name__)
 
 
 class OpenAIPolicy:
     """A chat model behind an endpoint. For one event loop.
 
     `base_url` None is OpenAI's own. `api_key_env` names the variable that holds the key; it may be unset for endpoints
-    on this machine or its private network. `timeout_s` limits one attempt, `Sampling.timeout_s` a call with all its
-    retries. At most `concurrency` calls are out at once. Raises `PolicyError` (INPUT) for a missing key.
+    on this machine or its private network. `timeout_s` limits one attempt (with `stream`: the wait for each piece),
+    `Sampling.timeout_s` a call with all its retries. At most `concurrency` requests are out at once. `retries`,
+    `rate_limits`, `prices`, `cache_path` and `extra_body` are those of `rollout.policy_spec.PolicySpec`. What calls
+    cost goes to `meter`. Raises `PolicyError` (INPUT) for a missing key or a cache file that cannot be used.
     """
 
     weights_version = ""
@@ -75,260 +83,285 @@ class OpenAIPolicy:
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         name: str | None = None,
-        max_retries: int = 4,
+        max_retries: int | None = None,
         timeout_s: float = 60.0,
         concurrency: int = 32,
         prefill: Prefill = "auto",
+        retries: Retries | None = None,
+        rate_limits: RateLimits | None = None,
+        prices: Prices | None = None,
+        cache_path: str = "",
+        stream: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         if prefill not in get_args(Prefill):
             raise ValueError(f"prefill {prefill!r} is unknown; there are {', '.join(get_args(Prefill))}")
         self.name = name or model
-        self.base_url = (base_url or _OPENAI).rstrip("/")
-        self._model, self._api_key_env = model, api_key_env
-        self._max_retries, self._timeout_s = max_retries, timeout_s
+        self._model, self._stream = model, stream
         self._prefill: Prefill = prefill
-        self._slots = asyncio.Semaphore(concurrency)
-        self._detecting = asyncio.Lock()
-        self._counts: dict[str, float] = {
-            name: 0 for name in ("requests", "retries", "prompt_tokens", "generated_tokens", "running")
-        }
-        self._takes_n = True
-        key = os.environ.get(api_key_env, "")
-        if not key and not is_local(self.base_url):
-            raise PolicyError(
-                f"the endpoint {self.base_url} needs a key: set the environment variable {api_key_env}",
-                FailureClass.INPUT,
-            )
-        from openai import AsyncOpenAI
-
-        # Retries are ours: an unusable answer is retried like a failed one, under the same limits.
-        self._client = AsyncOpenAI(
-            api_key=key or "EMPTY", base_url=self.base_url, max_retries=0, timeout=self._timeout_s
+        self._extra_body = dict(extra_body or {})
+        retries = retries or Retries()
+        settings = EndpointSettings(
+            api_key_env=api_key_env,
+            timeout_s=timeout_s,
+            concurrency=concurrency,
+            retries=retries if max_retries is None else replace(retries, per_call=max_retries),
+            rate_limits=rate_limits or RateLimits(),
+            prices=prices,
+            cache_path=cache_path,
         )
+        self._client = EndpointClient(model, base_url=base_url, name=self.name, settings=settings, meter=meter)
+        self.base_url = self._client.base_url
+        # The newer name is refused by older servers, the older one by OpenAI's newer models.
+        self._max_tokens_name = "max_completion_tokens" if self.base_url == OPENAI else "max_tokens"
+        self._renamed = False
+        self._left_out: set[str] = set()
+        self._notes: list[str] = []
+        self._detecting = asyncio.Lock()
+        self._takes_n = True
 
     @property
     def prefill_used(self) -> Prefill:
         """How prefixes are given; "auto" until the first one, or `check`, has found out."""
         return self._prefill
 
-    async def check(self) -> None:
-        """Ask for the model list, once and briefly. Raises `PolicyError`: no answer, key refused, model not served."""
-        from openai import APIConnectionError, APIStatusError
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the endpoint would not take, each said once."""
+        return tuple(self._notes)
 
-        try:
-            models = await self._models()
-        except APIStatusError as error:
-            if error.status_code in (401, 403):
-                raise self._failure(error) from error
-            if error.status_code >= 500:
-                raise PolicyError(f"teacher endpoint {self.base_url} does not answer: {_describe(error)}") from error
-            return  # it answers, and has no model list
-        except (APIConnectionError, TimeoutError) as error:
-            raise PolicyError(f"teacher endpoint {self.base_url} does not answer: {_describe(error)}") from error
+    async def check(self) -> None:
+        """Ask for the model list, once and briefly. Raises `PolicyError`: no answer, key refused, model not served, or
+        a spend cap in money without prices."""
+        models = await self._client.models(checked=True)
         self._decide_prefill(models)
         served = [str(model.get("id")) for model in models]
         if _is_vllm(models) and self._model not in served:
             raise PolicyError(
                 f"teacher endpoint {self.base_url} serves {', '.join(served)}, not {self._model!r}", FailureClass.INPUT
             )
+        await self._client.check_meter()
 
     async def complete(self, messages: Sequence[Message], sampling: Sampling, *, prefix: str = "") -> list[Completion]:
         """`sampling.n` turns, by one request or, where a server does not take `n`, by n; greedy ones are copies of one.
 
         Where the server does not tell which stop string it met (vLLM does), a turn that ended with reason "stop" gets
         the first one put back, since stop strings are part of a turn. Raises `PolicyError`: LIMIT when the prompt is
-        too long, INPUT for what the endpoint refuses, ENGINE when it kept failing.
+        too long, INPUT for what the endpoint refuses, MODEL for an answer that its provider withholds, ENGINE when it
+        kept failing; and `BudgetExceeded` when the spend cap is reached.
         """
         wanted = 1 if sampling.temperature <= 0 else sampling.n
-        async with self._slots:
-            self._counts["running"] += 1
-            try:
-                async with asyncio.timeout(sampling.timeout_s):
-                    if prefix and self._prefill == "auto":
-                        await self._detect()
-                    choices, prompt_tokens = await self._choices(messages, sampling, prefix, wanted)
-            except TimeoutError as error:
-                raise PolicyError(
-                    f"{self.name} at {self.base_url}: no completion within timeout_s={sampling.timeout_s:g}"
-                ) from error
-            finally:
-                self._counts["running"] -= 1
+        prompts = (*(message.content for message in messages), prefix)
+        async with self._client.limited(sampling.timeout_s, prompts) as limit:
+            if prefix and self._prefill == "auto":
+                await self._detect()
+            answers = await self._answers(messages, sampling, prefix, wanted, limit)
         completions = [
-            Completion(
-                text=choice.text,
-                logprobs=choice.logprobs,
-                finish_reason=choice.finish_reason,
-                prompt_tokens=prompt_tokens,
-                completion_tokens=choice.completion_tokens,
-            )
-            for choice in choices
-        ]
-        return completions * sampling.n if wanted < sampling.n else completions
+            self._completion(choice, answer, sampling, prefix, i)
+            for answer in answers
+            for i, choice in enumerate(answer.reply.choices)
+        ][:wanted]
+        if wanted < sampling.n:
+            shared = [replace(each, cost_usd=each.cost_usd / sampling.n) for each in completions]
+            return shared * sampling.n
+        return completions
 
     def stats(self) -> dict[str, float]:
-        """Since the start: requests, retries, prompt_tokens, generated_tokens; now: running (calls)."""
-        return dict(self._counts)
+        """Since the start: requests (repeated ones too), retries, rate_limited (429s with a wait), cached (answers that
+        cost nothing), prompt_tokens, generated_tokens, cost_usd, left_out (fields); now: running (calls)."""
+        return {**self._client.stats(), "left_out": len(self._left_out) + self._renamed}
 
     async def close(self) -> None:
         await self._client.close()
 
     # -- one call
 
-    async def _choices(
-        self, messages: Sequence[Message], sampling: Sampling, prefix: str, wanted: int
-    ) -> tuple[list[_Choice], int]:
-        """Exactly `wanted` choices, and the prompt tokens of one request."""
-        choices, prompt_tokens = await self._first(messages, sampling, prefix, wanted)
-        missing = wanted - len(choices)
-        if missing > 0:
-            more = await asyncio.gather(
-                *(self._ask(messages, sampling, prefix, n=1, index=len(choices) + i) for i in range(missing))
-            )
-            choices = choices + [choice for each, _ in more for choice in each[:1]]
-        return choices[:wanted], prompt_tokens
+    async def _answers(
+        self, messages: Sequence[Message], sampling: Sampling, prefix: str, wanted: int, limit: CallLimit
+    ) -> list[Answer]:
+        """Of at least `wanted` choices together."""
+        first = await self._first(messages, sampling, prefix, wanted, limit)
+        got = len(first.reply.choices)
+        more = (self._ask(messages, sampling, prefix, 1, got + i, limit) for i in range(wanted - got))
+        return [first, *await _all(more)]
 
     async def _first(
-        self, messages: Sequence[Message], sampling: Sampling, prefix: str, wanted: int
-    ) -> tuple[list[_Choice], int]:
+        self, messages: Sequence[Message], sampling: Sampling, prefix: str, wanted: int, limit: CallLimit
+    ) -> Answer:
         if wanted > 1 and self._takes_n:
+            refused: RequestRefused | None = None
             try:
-                choices, prompt_tokens = await self._ask(messages, sampling, prefix, n=wanted)
-            except PolicyError as error:
-                if error.failure_class is not FailureClass.INPUT:
-                    raise
+                answer = await self._ask(messages, sampling, prefix, wanted, 0, limit)
+            except RequestRefused as error:
+                refused = error
             else:
-                self._takes_n = len(choices) >= wanted
-                return choices, prompt_tokens
-        # Also after a refusal, which may be for the `n`; if one choice is refused as well, that error is shown.
-        answer = await self._ask(messages, sampling, prefix, n=1)
-        self._takes_n = self._takes_n and wanted == 1
-        return answer
+                if len(answer.reply.choices) < wanted:
+                    self._leave_out("n", "fewer choices came than were asked for")
+                return answer
+            if "n" not in self._left_out:
+                # The refusal did not say what it was for; if one choice is refused as well, that error is shown.
+                answer = await self._ask(messages, sampling, prefix, 1, 0, limit)
+                self._leave_out("n", refused.reason)
+                return answer
+        return await self._ask(messages, sampling, prefix, 1, 0, limit)
 
     async def _ask(
-        self, messages: Sequence[Message], sampling: Sampling, prefix: str, *, n: int, index: int = 0
-    ) -> tuple[list[_Choice], int]:
-        request = self._request(messages, sampling, prefix, n, index)
+        self, messages: Sequence[Message], sampling: Sampling, prefix: str, n: int, index: int, limit: CallLimit
+    ) -> Answer:
+        """One request, asked again without what the endpoint refuses."""
+        occurrence = 0
+        if sampling.seed is None and sampling.temperature > 0:
+            # Nothing else tells two samples apart.
+            occurrence = self._client.occurrence(self._identity(messages, sampling, prefix, n, index))
+        while True:
+            identity = {**self._identity(messages, sampling, prefix, n, index), "occurrence": occurrence}
+            body = self._body(messages, sampling, prefix, n, index)
+            request = Request(
+                path="/chat/completions",
+                body=body,
+                identity=identity,
+                prompts=(*(message.content for message in messages), prefix),
+                most_prompt_tokens=_most_tokens(body["messages"]),
+                most_completion_tokens=sampling.max_tokens * n,
+                stream=self._stream,
+            )
+            try:
+                return await self._client.ask(request, read_chat, limit)
+            except RequestRefused as error:
+                refused = error
+            if not self._adapt(refused, body):
+                raise refused
+            if "n" in self._left_out and n > 1:
+                raise refused  # for `_first`, which then asks for one
 
-        async def attempt() -> tuple[list[_Choice], int]:
-            self._counts["requests"] += 1
-            response = await self._client.chat.completions.create(**request)
-            return self._read(response, sampling, prefix)
-
-        choices, prompt_tokens = await self._retried(attempt)
-        self._counts["prompt_tokens"] += prompt_tokens
-        self._counts["generated_tokens"] += sum(choice.completion_tokens for choice in choices)
-        return choices, prompt_tokens
-
-    def _request(
+    def _identity(
         self, messages: Sequence[Message], sampling: Sampling, prefix: str, n: int, index: int
     ) -> dict[str, Any]:
+        return {
+            "endpoint": self.base_url,
+            "model": self._model,
+            "messages": [[message.role, message.content] for message in messages],
+            "prefix": [self._prefill, prefix] if prefix else None,
+            "n": n,
+            "index": index,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "stop": list(sampling.stop),
+            "seed": sampling.seed,
+            "logprobs": sampling.logprobs,
+            "extra_body": self._extra_body,
+        }
+
+    def _body(self, messages: Sequence[Message], sampling: Sampling, prefix: str, n: int, index: int) -> dict[str, Any]:
         chat = [{"role": message.role, "content": message.content} for message in messages]
-        extra: dict[str, Any] = {}
+        body: dict[str, Any] = {"model": self._model, "messages": chat}
         if prefix and self._prefill in ("continue", "message"):
             chat.append({"role": "assistant", "content": prefix})
         if prefix and self._prefill == "continue":
-            extra = {"continue_final_message": True, "add_generation_prompt": False}
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         if prefix and self._prefill == "none":
             chat[-1] = {**chat[-1], "content": f"{chat[-1]['content']}\n\nBegin your answer exactly with: {prefix}"}
-        request: dict[str, Any] = {
-            "model": self._model,
-            "messages": chat,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            # The newer name is refused by older servers, the older one by OpenAI's newer models.
-            ("max_completion_tokens" if self.base_url == _OPENAI else "max_tokens"): sampling.max_tokens,
-        }
+        optional: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if n > 1:
-            request["n"] = n
+            optional["n"] = n
         if sampling.stop:
-            request["stop"] = list(sampling.stop[:_MAX_STOPS])
+            optional["stop"] = list(sampling.stop[:_MAX_STOPS])
         if sampling.seed is not None:
-            request["seed"] = _spread(sampling.seed, index)
+            optional["seed"] = _spread(sampling.seed, index)
         if sampling.logprobs:
-            request["logprobs"] = True
-        if extra:
-            request["extra_body"] = extra
-        return request
+            optional["logprobs"] = True
+        body |= {name: value for name, value in optional.items() if name not in self._left_out}
+        body[self._max_tokens_name] = sampling.max_tokens
+        return body | self._extra_body
 
-    def _read(self, response: Any, sampling: Sampling, prefix: str) -> tuple[list[_Choice], int]:
-        found = getattr(response, "choices", None)
-        if not isinstance(found, list) or not found:
-            raise _UnusableAnswerError(f"an answer without choices: {str(response)[:200]!r}")
-        usage = getattr(response, "usage", None)
-        tokens = getattr(usage, "completion_tokens", None) or 0
-        share, rest = divmod(tokens, len(found))
-        # The cost is told per request: it is shared out evenly.
-        choices = [self._choice(each, sampling, prefix, share + (i < rest)) for i, each in enumerate(found)]
-        return choices, getattr(usage, "prompt_tokens", None) or 0
-
-    def _choice(self, choice: Any, sampling: Sampling, prefix: str, completion_tokens: int) -> _Choice:
-        text = getattr(getattr(choice, "message", None), "content", None)
-        reason = getattr(choice, "finish_reason", None)
-        if text is None and reason == "length":
-            text = ""  # everything went into hidden reasoning
-        if not isinstance(text, str):
-            raise _UnusableAnswerError(f"a choice without text: {str(choice)[:200]!r}")
-        text = _with_prefix(text, prefix, exact=self._prefill == "continue")
-        extra = getattr(choice, "model_extra", None) or {}
-        if reason == "stop" and sampling.stop:
-            met = extra["stop_reason"] if "stop_reason" in extra else sampling.stop[0]
+    def _completion(
+        self, choice: ReplyChoice, answer: Answer, sampling: Sampling, prefix: str, index: int
+    ) -> Completion:
+        text = _with_prefix(choice.text, prefix, exact=self._prefill == "continue")
+        reason = choice.finish_reason
+        if reason == "stop" and sampling.stop and "stop" not in self._left_out:
+            met = choice.stop_reason if choice.tells_stop else sampling.stop[0]
             if isinstance(met, str) and not text.endswith(met):
                 text += met
-        logprobs = getattr(getattr(choice, "logprobs", None), "content", None) if sampling.logprobs else None
-        return _Choice(
+        ended = _cut(text, sampling.stop, len(prefix))
+        if ended is not None:
+            text, reason = ended, "stop"
+        usage, count = answer.reply.usage, len(answer.reply.choices)
+        share, rest = divmod(usage.completion_tokens, count)
+        return Completion(
             text=text,
+            logprobs=choice.logprobs if sampling.logprobs else None,
             finish_reason="length" if reason == "length" else "abort" if reason == "content_filter" else "stop",
-            logprobs=tuple(float(each.logprob) for each in logprobs) if logprobs else None,
-            completion_tokens=completion_tokens,
+            prompt_tokens=usage.prompt_tokens,
+            # What it took is told per request: it is shared out evenly.
+            completion_tokens=share + (index < rest),
+            prefix_by=_PREFIX_BY[self._prefill] if prefix else "",
+            cost_usd=answer.cost_usd / count,
+            cached=answer.cached,
         )
-
-    # -- failures
-
-    async def _retried(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        """`attempt`, again after failures that pass. Raises `PolicyError`; waits are cut by the caller's time limit."""
-        for tried in range(self._max_retries + 1):
-            try:
-                return await attempt()
-            except Exception as error:
-                if not _passes(error) or tried == self._max_retries:
-                    raise self._failure(error, tried + 1) from error
-                self._counts["retries"] += 1
-                await asyncio.sleep(delay_s(error, tried))
-        raise AssertionError("the loop returns or raises")
-
-    def _failure(self, error: Exception, attempts: int = 1) -> PolicyError:
-        where, status = f"{self.name} at {self.base_url}", getattr(error, "status_code", None)
-        if status in (401, 403):
-            message = f"{where} refuses the key in {self._api_key_env}: {_describe(error)}"
-            return PolicyError(message, FailureClass.INPUT)
-        if _too_long(error):
-            return PolicyError(f"{where}: the prompt is too long: {_describe(error)}", FailureClass.LIMIT)
-        if status is not None and 400 <= status < 500 and not _passes(error) and status != 429:
-            return PolicyError(f"{where} refuses the request: {_describe(error)}", FailureClass.INPUT)
-        return PolicyError(f"{where} failed, tried {attempts} times: {_describe(error)}")
 
     # -- what the endpoint is
 
-    async def _models(self) -> list[dict[str, Any]]:
-        page = await self._client.with_options(timeout=_CHECK_TIMEOUT_S).models.list()
-        return [model.model_dump() for model in getattr(page, "data", None) or []]
+    def _adapt(self, refused: RequestRefused, body: Mapping[str, Any]) -> bool:
+        """Leave out what the endpoint named in its refusal; False when it named nothing that can be."""
+        sent = next(name for name in _OTHER_NAME if name in body)
+        if _names(refused, sent) and sent not in self._extra_body:
+            if sent == self._max_tokens_name and self._renamed:
+                return False  # it takes neither
+            if sent == self._max_tokens_name:
+                self._renamed, self._max_tokens_name = True, _OTHER_NAME[sent]
+                self._note(f"{self._max_tokens_name} is sent in place of {sent}, which is refused: {refused.reason}")
+            return True
+        if self._prefill == "continue" and "continue_final_message" in body:
+            if any(_names(refused, field) for field in ("continue_final_message", "add_generation_prompt")):
+                self._prefill = "none"
+                self._note(f"prefixes are asked for in words, since the endpoint continues none: {refused.reason}")
+                return True
+        for field in _DROPPABLE:
+            if field in body and field not in self._extra_body and _names(refused, field):
+                self._leave_out(field, refused.reason)
+                return True
+        return False
+
+    def _leave_out(self, field: str, reason: str) -> None:
+        if field == "n":
+            self._takes_n = False
+        if field not in self._left_out:
+            self._left_out.add(field)
+            effect = {
+                "n": "candidates are asked for one at a time",
+                "stop": "turns are cut here",
+                "logprobs": "likelihoods are unknown",
+                "seed": "samples cannot be had again",
+                "temperature": "the endpoint's own is used",
+                "top_p": "the endpoint's own is used",
+            }[field]
+            self._note(f"the field {field!r} is left out, so {effect}: {reason}")
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        logger.warning("%s at %s: %s", self.name, self.base_url, text)
 
     async def _detect(self) -> None:
         async with self._detecting:
-            if self._prefill != "auto":
-                return
-            from openai import APIStatusError
-
-            try:
-                self._decide_prefill(await self._retried(self._models))
-            except PolicyError as error:
-                if not isinstance(error.__cause__, APIStatusError):
-                    raise
-                self._decide_prefill([])  # it has no model list, so it is not vLLM
+            if self._prefill == "auto":
+                self._decide_prefill(await self._client.models())
 
     def _decide_prefill(self, models: Sequence[dict[str, Any]]) -> None:
         if self._prefill == "auto":
             self._prefill = "continue" if _is_vllm(models) else "none"
+
+
+async def _all(calls: Any) -> list[Answer]:
+    """All answers, or the first error, after which none is left running."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _is_vllm(models: Sequence[dict[str, Any]]) -> bool:
@@ -343,24 +376,31 @@ def _with_prefix(text: str, prefix: str, *, exact: bool) -> str:
     return prefix + (said[len(asked) :] if said.startswith(asked) else text)
 
 
-def _passes(error: Exception) -> bool:
-    return may_pass(error) or isinstance(error, _UnusableAnswerError)
+def _cut(text: str, stops: Sequence[str], start: int) -> str | None:
+    """The turn up to its first stop string, that included, where it goes on behind it: a server that takes no stop
+    strings, or not so many. None where it does not."""
+    ends = [at + len(stop) for stop in stops if (at := text.find(stop, start)) >= 0]
+    return text[: min(ends)] if ends and min(ends) < len(text) else None
 
 
-def _too_long(error: Exception) -> bool:
-    if getattr(error, "status_code", None) not in (400, 413, 422):
+def _names(refused: RequestRefused, field: str) -> bool:
+    """Whether a refusal is about this field: by its `param`, or in its text, where a short name must look like one."""
+    if refused.parameter and refused.parameter.rpartition(".")[2] == field:
+        return True
+    if refused.parameter and refused.parameter.rpartition(".")[2] in (*_DROPPABLE, *_OTHER_NAME):
         return False
-    text = str(error).lower()
-    return getattr(error, "code", None) == "context_length_exceeded" or "context length" in text
+    if field in ("n", "stop"):
+        pattern = (
+            rf"['\"`]{field}['\"`]|\b{field} (?:must|is|should|cannot|>)|(?:parameter|argument|field)s?:? {field}\b"
+        )
+    else:
+        pattern = rf"(?<![\w]){field}(?![\w])"
+    return re.search(pattern, refused.reason, re.IGNORECASE) is not None
 
 
-def _describe(error: Exception) -> str:
-    cause = error.__cause__ or error.__context__
-    status = getattr(error, "status_code", None)
-    text = str(error) or type(error).__name__
-    if status is None and cause is not None and str(cause):
-        text += f" ({cause})"
-    return text[:500]
+def _most_tokens(chat: Sequence[Mapping[str, str]]) -> int:
+    """No tokenizer makes more tokens of a text than it has bytes."""
+    return sum(len(message["content"].encode()) + _TOKENS_OF_A_MESSAGE for message in chat) + _TOKENS_OF_A_MESSAGE
 
 
 def _spread(seed: int, index: int) -> int:

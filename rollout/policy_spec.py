@@ -3,25 +3,63 @@ live."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from rollout.expert import ExpertPolicy
 from rollout.policy import Policy
+from rollout.rate_limits import RateLimits, Retries
+from rollout.spend import Meter, Prices
 
-KINDS = ("expert", "vllm", "openai")
+KINDS = ("expert", "vllm", "openai", "vllm_server")
+_ENDPOINTS = ("openai", "vllm_server")
+_KINDS_OF_FIELD = {
+    **dict.fromkeys(("base_url", "retries", "rate_limits", "prices", "cache_path"), _ENDPOINTS),
+    **dict.fromkeys(("prefill", "stream", "extra_body"), ("openai",)),
+    "tokenizer": ("vllm_server",),
+}
+"""To set one of these for another kind is a mistake, and may be a costly one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
-    """A policy to be built. Fields that a kind does not use are ignored."""
+    """A policy to be built.
+
+    The engine's fields (dtype and below) are ignored by other kinds than "vllm"; those of an endpoint, set for another
+    kind, are refused. Raises `ValueError` for impossible values.
+    """
 
     kind: str
     name: str = ""
     """Goes into every trajectory's key; empty takes the model's (see `policy_name`)."""
     model: str = ""
-    """vllm: a Hugging Face id or folder; openai: the endpoint's model name."""
+    """vllm: a Hugging Face id or folder; openai and vllm_server: the endpoint's model name."""
     base_url: str = ""
+    """Such as http://teacher:8000/v1; empty is OpenAI's own (kind "openai" only)."""
     api_key_env: str = "OPENAI_API_KEY"
+    """Variable that holds the key; it may be unset for endpoints on this machine or its private network."""
+    timeout_s: float = 60.0
+    """Of one attempt of a request; with `stream`, of the wait for each piece."""
+    concurrency: int = 32
+    """Requests of one worker that are out at once."""
+    retries: Retries = field(default_factory=Retries)
+    rate_limits: RateLimits = field(default_factory=RateLimits)
+    """Of one worker."""
+    prices: Prices | None = None
+    """What the endpoint charges; a spend cap in money needs them."""
+    cache_path: str = ""
+    """File of answers that are not asked, nor paid, again; of one machine. Empty: none."""
+    prefill: Literal["auto", "continue", "message", "none"] = "auto"
+    """openai: how a turn's given beginning reaches the endpoint; see `rollout.openai_policy`."""
+    stream: bool = False
+    """openai: take answers piece by piece, for gateways that end a silent connection."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """openai: further fields of each request, such as {reasoning_effort: low}; give the policy a `name` of its own
+    where they change what is sampled."""
+    tokenizer: str = ""
+    """vllm_server: the folder or Hugging Face id of the served model's tokenizer; empty takes `model`."""
     dtype: str = "auto"
     max_model_len: int = 4096
     max_num_seqs: int = 64
@@ -42,6 +80,29 @@ class PolicySpec:
             raise ValueError(f"policy kind {self.kind!r} is unknown; there are {', '.join(KINDS)}")
         if self.kind != "expert" and not self.model:
             raise ValueError(f"a policy of kind {self.kind!r} needs a model")
+        for spec in fields(self):
+            kinds = _KINDS_OF_FIELD.get(spec.name, KINDS)
+            value = getattr(self, spec.name)
+            if self.kind not in kinds and value != _default(spec):
+                wanted = " or ".join(repr(kind) for kind in kinds)
+                raise ValueError(f"{spec.name}={value!r} is for a policy of kind {wanted}, not {self.kind!r}")
+        self._check_endpoint()
+
+    def _check_endpoint(self) -> None:
+        if self.kind not in _ENDPOINTS:
+            return
+        if self.kind == "vllm_server" and not self.base_url:
+            raise ValueError("a policy of kind 'vllm_server' needs a base_url, such as http://teacher:8000/v1")
+        address = urlsplit(self.base_url)
+        if self.base_url and not (address.scheme in ("http", "https") and address.hostname):
+            raise ValueError(f"base_url {self.base_url!r} is no address; give one such as http://teacher:8000/v1")
+        if address.username or address.password:
+            raise ValueError("base_url holds a user name or a password; keys come from the environment: api_key_env")
+        if self.concurrency < 1 or not self.timeout_s > 0:
+            raise ValueError(
+                f"an endpoint needs concurrency of at least 1 and timeout_s above 0, "
+                f"not {self.concurrency} and {self.timeout_s:g}"
+            )
 
     @property
     def policy_name(self) -> str:
@@ -58,8 +119,8 @@ class PolicySpec:
             return vllm_environment()
         return {}
 
-    def build(self) -> Policy:
-        """Load it; heavy. Raises `PolicyError`."""
+    def build(self, meter: Meter | None = None) -> Policy:
+        """Load it; heavy. What an endpoint's calls cost goes to `meter`. Raises `PolicyError`."""
         if self.kind == "expert":
             from envs.starter import StarterWorld
 
@@ -69,7 +130,37 @@ class PolicySpec:
             from rollout.openai_policy import OpenAIPolicy
 
             return OpenAIPolicy(
-                self.model, base_url=self.base_url or None, api_key_env=self.api_key_env, name=self.policy_name
+                self.model,
+                base_url=self.base_url or None,
+                name=self.policy_name,
+                api_key_env=self.api_key_env,
+                timeout_s=self.timeout_s,
+                concurrency=self.concurrency,
+                retries=self.retries,
+                rate_limits=self.rate_limits,
+                prices=self.prices,
+                cache_path=self.cache_path,
+                prefill=self.prefill,
+                stream=self.stream,
+                extra_body=self.extra_body,
+                meter=meter,
+            )
+        if self.kind == "vllm_server":
+            from rollout.vllm_server_policy import VllmServerPolicy
+
+            return VllmServerPolicy(
+                self.model,
+                base_url=self.base_url,
+                tokenizer=self.tokenizer,
+                name=self.policy_name,
+                api_key_env=self.api_key_env,
+                timeout_s=self.timeout_s,
+                concurrency=self.concurrency,
+                retries=self.retries,
+                rate_limits=self.rate_limits,
+                prices=self.prices,
+                cache_path=self.cache_path,
+                meter=meter,
             )
         from rollout.vllm_policy import VllmPolicy
 
@@ -82,5 +173,12 @@ class PolicySpec:
             kv_cache_bytes=self.kv_cache_bytes,
             gpu_memory_utilization=self.gpu_memory_utilization,
             tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            # Over nodes only Ray can start the ranks, in the bundles that `rollout.placement` reserved.
+            distributed_executor="ray" if self.pipeline_parallel_size > 1 else None,
             enforce_eager=self.enforce_eager,
         )
+
+
+def _default(spec: Field[Any]) -> Any:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()

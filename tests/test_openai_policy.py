@@ -19,6 +19,7 @@ from rollout.trajectory import Completion, FailureClass, Message
 MESSAGES = [Message(role="system", content="You act."), Message(role="user", content="What is 6 * 7?")]
 T = TypeVar("T")
 
+
 def answer(body: Any, status: int = 200, **headers: str) -> Answer:
     return status, {"content-type": "application/json", **headers}, json.dumps(body).encode()
 
@@ -134,8 +135,12 @@ def test_a_conversation_goes_out_and_a_turn_with_its_cost_comes_back(endpoint: E
     assert policy.stats() == {
         "requests": 1,
         "retries": 0,
+        "rate_limited": 0,
+        "cached": 0,
         "prompt_tokens": 11,
         "generated_tokens": 7,
+        "cost_usd": 0,
+        "left_out": 0,
         "running": 0,
     }
 
