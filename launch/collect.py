@@ -19,11 +19,16 @@ if not __package__:  # run as a file: imports come from the repository's root, n
 import argparse
 import signal
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.config import CollectConfig
 
 EXIT_CODES = """exit codes:
   0    done: every episode is recorded, or its failure is, with its class
   1    failed on the way, or episodes are missing
   2    refused before anything started
+  3    stopped at the spend cap: the same command with a higher spend.usd or spend.tokens goes on
   130  interrupted"""
 
 
@@ -68,18 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = CollectFolder(config.out, config.scratch)
     try:
         with folder.claim(config) as found:
-            summary = run_collection(config, folder, resumed=found)
+            outcome = run_collection(config, folder, resumed=found)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CollectJobError as error:
-        print(f"error: {error}\nthe same command goes on from {folder.path}", file=sys.stderr)
+        print(f"error: {error}\nthe same command goes on from {folder.out}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {folder.path}", file=sys.stderr)
+        print(f"interrupted; the same command goes on from {folder.out}", file=sys.stderr)
         return 130
     print(f"summary: {folder.summary}")
-    return 0 if summary.complete else 1
+    if outcome.at_cap:
+        print(
+            f"stopped at the spend cap: raise {' or '.join(_caps(config))}; the same command then goes on",
+            file=sys.stderr,
+        )
+        return 3
+    return 0 if outcome.summary.complete else 1
+
+
+def _caps(config: CollectConfig) -> list[str]:
+    caps = {"spend.usd": config.spend.usd, "spend.tokens": config.spend.tokens}
+    return [f"{name}={value:g}" for name, value in caps.items() if value is not None]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     out/config.json     the configuration that the folder belongs to
     out/ledger/         every trajectory and every failure
     out/summary.json    what came of it
-    scratch/            this machine's: the index, caches, what was spent (out itself unless that is a bucket)
+    scratch/            this machine's: the index, caches, the log of what was spent (out itself unless it is a bucket)
 
 Another configuration is refused, and told what differs; more tasks, more samples, a higher cap and other filters are no
 other configuration. A lock keeps two jobs of one machine apart; two machines that collect into one bucket lose nothing,
@@ -21,20 +21,26 @@ from typing import Any
 
 from launch.config import CollectConfig
 from launch.config_reading import to_plain
-from launch.run_folder import FREE, RunFolderError, check_same, read_record, write_json
+from launch.run_folder import FREE, RunFolderError, check_same, read_record
+from rollout.storage import FolderStorage, open_storage
 
-FREE_TO_COLLECT = (*FREE, "out", "scratch", "tasks.train_count", "tasks.test_count", "rollout.samples", "curation")
+FREE_TO_COLLECT = (*FREE, "curation", "out", "rollout.samples", "scratch", "tasks.test_count", "tasks.train_count")
+RECORD, SUMMARY, LOCK = "config.json", "summary.json", ".lock"
 
 
 class CollectFolder:
-    """Paths of one collection."""
+    """Paths of one collection. Raises `ValueError` for a URI of another kind than `s3://` or `gs://`."""
 
     def __init__(self, out: str, scratch: str) -> None:
-        self.path = Path(out).absolute()
+        self._storage = open_storage(out)
+        self.is_local = isinstance(self._storage, FolderStorage)
+        self.out = str(Path(self._storage.uri).absolute()) if self.is_local else out
+        place, _, options = self.out.partition("?")
+        self.ledger = f"{place.rstrip('/')}/ledger" + (f"?{options}" if options else "")
+        self.summary = f"{place.rstrip('/')}/{SUMMARY}"
         self.scratch = Path(scratch).absolute()
-        self.ledger = self.path / "ledger"
-        self.summary = self.path / "summary.json"
         self.index = self.scratch / "index"
+        self.spend = self.scratch / "spend.jsonl"
 
     @contextmanager
     def claim(self, config: CollectConfig) -> Iterator[bool]:
@@ -43,27 +49,54 @@ class CollectFolder:
         Raises `RunFolderError`: it belongs to another configuration, another job runs in it, it cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
             self.scratch.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")
+            self._storage.prepare("")
+            lock = open(Path(self.out if self.is_local else self.scratch) / LOCK, "w")
         except OSError as error:
-            raise RunFolderError(f"out {self.path} cannot be written: {error.strerror or error}") from None
+            raise self._unusable(error) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = self._claimed(config)
             except BlockingIOError:
                 raise RunFolderError(
-                    f"another job is collecting into {self.path}; wait for it or choose another out"
+                    f"another job is collecting into {self.out}; wait for it or choose another out"
                 ) from None
-            record = self.path / "config.json"
-            found = record.exists()
-            if found:
-                old = read_record(record.read_text(), record, CollectConfig)
-                check_same(f"out {self.path}", old, config, FREE_TO_COLLECT)
-            elif any(path.name != ".lock" for path in self.path.iterdir()):
-                raise RunFolderError(f"out {self.path} is not empty and holds no collection; choose another out")
-            write_json(record, to_plain(config))
+            except OSError as error:
+                raise self._unusable(error) from None
             yield found
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_json(self.summary, json.loads(json.dumps(summary)))
+        """Raises `OSError`."""
+        self._storage.replace(SUMMARY, _json(summary))
+
+    def _refuse_foreign(self) -> None:
+        """Before anything is written there."""
+        if self._has_record():
+            return
+        folder = Path(self.out)
+        if self.is_local:
+            foreign = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
+        else:
+            foreign = not self._storage.empty()
+        if foreign:
+            raise RunFolderError(f"out {self.out} is not empty and holds no collection; choose another out")
+
+    def _has_record(self) -> bool:
+        return any(each.name == RECORD for each in self._storage.list(""))
+
+    def _claimed(self, config: CollectConfig) -> bool:
+        found = self._has_record()
+        if found:
+            old = read_record(self._storage.read(RECORD).decode(), f"{self.out}/{RECORD}", CollectConfig)
+            check_same(f"out {self.out}", old, config, FREE_TO_COLLECT)
+        self._storage.replace(RECORD, _json(to_plain(config)))
+        return found
+
+    def _unusable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(f"out {self.out} cannot be used: {error.strerror or error}")
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

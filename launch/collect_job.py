@@ -7,7 +7,9 @@ tasks x samples -> teachers -> rollout workers <-> env hosts <-> retrieval      
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from envs.base import EnvError
 from launch.cluster import ClusterError, ray_cluster
@@ -18,90 +20,132 @@ from launch.config_reading import to_plain
 from launch.environment import describe_environment
 from launch.joint_collection import JointCollection
 from launch.live import LiveView
+from launch.spending import JobMeter
 from launch.wiring import Assignment, Environments, assignments, start_collections
 from launch.world import World, load_world
 from rollout.collector import CollectionError
 from rollout.ledger import Ledger, LedgerError
+from rollout.placement import PlacementError
+from rollout.spend import SpendSnapshot
 from rollout.task_feed import CollectProgress
+
+TROUBLE = (ClusterError, CollectionError, EnvError, LedgerError, PlacementError)
 
 
 class CollectJobError(RuntimeError):
     """The collection cannot go on; what it has is kept."""
 
 
-def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: bool) -> Summary:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a collection ended."""
+
+    summary: Summary
+    stopped: str
+    """Why it ended before all was done; "" when it did not."""
+    spent: SpendSnapshot | None
+    """None where no teacher is an API, or none was asked."""
+
+    @property
+    def at_cap(self) -> bool:
+        """It was the spend cap that stopped it."""
+        return "spend cap" in self.stopped
+
+
+def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: bool) -> Outcome:
     """Everything from tasks to `summary.json`. Raises `CollectJobError`; whatever it started is ended in any case."""
     view = LiveView()
     started_s = time.monotonic()
     world = load_world(config, folder.index)
     tasks = world.train if config.split == "train" else world.test
+    view.say(f"collection {folder.out}: recipe {config.recipe}, seed {config.seed}, {len(tasks):,} tasks")
     try:
         assigned = assignments(config, tasks, Ledger(folder.ledger))
-        view.say(f"collection {folder.path}: recipe {config.recipe}, seed {config.seed}")
         for each in assigned:
             found = len(each.requests) - len(each.missing)
-            view.say(
-                f"  {each.name}: {len(each.requests):,} episodes"
-                + (f", {found:,} of them recorded by an earlier job" if resumed else "")
-            )
+            earlier = f", {found:,} of them recorded by an earlier job" if resumed else ""
+            view.say(f"  {each.name}: {len(each.requests):,} episodes{earlier}")
         if any(each.missing for each in assigned):
-            _collect(config, folder, world, assigned, view)
+            stopped, spent = _collect(config, folder, world, assigned, view)
         else:
             view.say("nothing is missing")
-        summary = summarise(
-            Ledger(folder.ledger), {each.name: {request.key for request in each.requests} for each in assigned}
+            stopped, spent = "", None
+        expected = {each.name: {request.key for request in each.requests} for each in assigned}
+        curated = config.curation.build().apply(Ledger(folder.ledger).trajectories)
+        summary = summarise(Ledger(folder.ledger), expected)
+        deque(curated.kept, maxlen=0)
+        folder.write_summary(
+            {
+                "recipe": config.recipe,
+                "seed": config.seed,
+                "minutes": round((time.monotonic() - started_s) / 60, 2),
+                **summary.to_json(),
+                "stopped": stopped,
+                "spent": asdict(spent) if spent else None,
+                "curation": curated.report.to_json(),
+                "environment": describe_environment(),
+                "config": to_plain(config),
+            }
         )
-    except (ClusterError, CollectionError, EnvError, LedgerError) as error:
+    except (*TROUBLE, OSError) as error:
         raise CollectJobError(str(error)) from error
-    folder.write_summary(
-        {
-            "recipe": config.recipe,
-            "seed": config.seed,
-            "minutes": round((time.monotonic() - started_s) / 60, 2),
-            **summary.to_json(),
-            "environment": describe_environment(),
-            "config": to_plain(config),
-        }
-    )
     view.console.print(summary_table(summary))
+    view.console.print(curated.report.table("a student would be trained on"))
+    if spent is not None:
+        view.say(f"spent: {spent}")
+    if stopped:
+        view.say(f"stopped: {stopped}")
     view.say(summary.closing_line())
-    return summary
+    return Outcome(summary=summary, stopped=stopped, spent=spent)
 
 
 def _collect(
     config: CollectConfig, folder: CollectFolder, world: World, assigned: Sequence[Assignment], view: LiveView
-) -> None:
+) -> tuple[str, SpendSnapshot | None]:
+    """Why it ended early, or "", and what was spent."""
     with ray_cluster(config.cluster) as what:
         view.say(f"Ray: {what}")
+        meter = JobMeter.start(config, folder.spend)
         environments = Environments.start(config, world.retriever, slots=[each.slots(config) for each in assigned])
-        collection, _ = start_collections(config, environments, assigned, ledger=folder.ledger)
+        collection, _ = start_collections(config, environments, assigned, ledger=folder.ledger, meter=meter)
         try:
             with view.stage("collecting"):
-                _watch(collection, view)
+                stopped = _watch(collection, meter, view)
+            return stopped, meter.snapshot() if meter else None
         finally:
             collection.close()
+            if meter is not None:
+                meter.close()
 
 
-def _watch(collection: JointCollection, view: LiveView) -> None:
-    ended = False
-    while not ended:
+def _watch(collection: JointCollection, meter: JobMeter | None, view: LiveView) -> str:
+    while True:
         ended = collection.poll(timeout_s=0.5)
-        view.show(figures(collection.progress()), last=ended)
+        seen = collection.progress()
+        view.show(figures(seen, meter.snapshot() if meter else None), last=ended)
+        if ended:
+            return seen.stopped
 
 
-def figures(seen: CollectProgress) -> dict[str, str]:
+def figures(seen: CollectProgress, spent: SpendSnapshot | None = None) -> dict[str, str]:
     """What a person wants to know while it runs."""
     per_s = seen.recorded / max(seen.elapsed_s, 1e-9)
-    left = seen.total - seen.finished
+    running = sum(worker.running for worker in seen.workers.values())
+    limit = sum(worker.limit for worker in seen.workers.values())
     shown = {
         "episodes": f"{seen.finished:,}/{seen.total:,}",
-        "success": f"{seen.succeeded:,}/{seen.recorded:,}",
-        "running": f"{seen.running:,}",
+        "success": f"{seen.succeeded:,}/{seen.recorded - seen.failed:,}",
+        "running": f"{running:,} of at most {limit:,}",
         "tokens/s": f"{seen.completion_tokens / max(seen.elapsed_s, 1e-9):,.0f}",
     }
-    if seen.failed:
-        shown["failed"] = f"{seen.failed:,}"
-    if left and per_s:
+    if seen.failures:
+        shown["failed"] = ", ".join(f"{name} {count:,}" for name, count in sorted(seen.failures.items()))
+        shown["the last"] = seen.last_failure[:100]
+    if spent is not None:
+        shown["spent"] = str(spent)
+    if notes := {worker.note for worker in seen.workers.values() if worker.note}:
+        shown["waits"] = "; ".join(sorted(notes))
+    if (left := seen.total - seen.finished) and per_s:
         shown["left"] = duration(left / per_s)
     return shown
 

@@ -143,11 +143,11 @@ def summarise(ledger: Ledger, expected: Mapping[str, Set[str]]) -> Summary:
 
 def summary_table(summary: Summary) -> Table:
     """A row for each kind and teacher, with 95% intervals, and one for all."""
-    table = Table(title="collected", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="collected; success with 95% intervals, steps and tool calls in the mean", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("teacher", no_wrap=True)
     table.add_column("kind", no_wrap=True)
-    for column in ("trajectories", "success, % [95%]", "steps", "tool calls", "tokens", "US$", "US$ each success"):
-        table.add_column(column, justify="right")
+    for column in ("number", "success, %", "steps", "calls", "tokens", "US$", "US$/success"):
+        table.add_column(column, justify="right", no_wrap=True)
     rows = [(name, kind, tally) for name, kinds in summary.tallies.items() for kind, tally in kinds.items()]
     if len(rows) > 1:
         rows.append(("all", "", summary.all))
@@ -163,8 +163,8 @@ def summary_table(summary: Summary) -> Table:
             f"{tally.steps / tally.recorded:.1f}",
             f"{tally.tool_calls / tally.recorded:.1f}",
             f"{tally.completion_tokens:,}",
-            f"{tally.cost_usd:.4f}",
-            f"{tally.cost_usd / tally.succeeded:.5f}" if tally.succeeded else "-",
+            f"{tally.cost_usd:.4f}" if tally.cost_usd else "-",
+            f"{tally.cost_usd / tally.succeeded:.5f}" if tally.cost_usd and tally.succeeded else "-",
         )
     return table
 

@@ -81,7 +81,9 @@ class RolloutConfig:
     """Trajectories of each training task."""
     workers: int = 1
     concurrency: int = 32
-    """Episodes at a time, per worker."""
+    """Episodes at a time, per worker (and so per engine): the most, if `adaptive`."""
+    adaptive: bool = True
+    """Fewer at a time when an engine's KV cache is full, more again when it is not."""
     env_hosts: int = 1
     env_timeout_s: float = 60.0
     queue_capacity: int = 256

@@ -101,6 +101,8 @@ def run_evaluation(
                     },
                     last=finished,
                 )
+                if progress.stopped:
+                    raise EvaluationError(progress.stopped)
     finally:
         collection.close()
     return ledger_scores(ledger, tasks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,23 @@ from launch.live import LiveView
 from launch.report import draw_learning_curve, score_table, scores_to_json
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
+from launch.spending import JobMeter
 from launch.wiring import Assignment, Environments, assignments, start_collections, start_workers
 from launch.world import World, load_world
 from learner.base import LearnerError
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LearnerConfig
 from learner.learner_actor import LearnerGroup
-from rollout.collector import CollectionError, Weights
-from rollout.ledger import Ledger
+from rollout.collector import CollectionError, Weights, stop_rollout_actors
+from rollout.curation import Curation, describe
+from rollout.ledger import Ledger, LedgerError
+from rollout.placement import PlacementError
 from rollout.trajectory_queue import TrajectoryQueue
 
 FINAL = "final"
+
+
+TROUBLE = (ClusterError, CollectionError, EvaluationError, LearnerError, EnvError, LedgerError, PlacementError)
 
 
 class JobError(RuntimeError):
@@ -61,7 +68,15 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
             stages = _Stages(config, folder, world, environments, view, assigned)
             learned = stages.learn()
             scores = stages.evaluate()
-    except (ClusterError, CollectionError, EvaluationError, LearnerError, EnvError) as error:
+    except (
+        ClusterError,
+        CollectionError,
+        EvaluationError,
+        LearnerError,
+        EnvError,
+        LedgerError,
+        PlacementError,
+    ) as error:
         raise JobError(str(error)) from error
     results = _results(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
     write_json(folder.results, results)
@@ -89,6 +104,7 @@ class _Stages:
         self.config, self.folder, self.world, self.environments, self.view = config, folder, world, environments, view
         self.assigned = assigned
         self.teachers: list[list[Any]] = []
+        self.meter = JobMeter.start(config, folder.spend)
 
     def learn(self) -> dict[str, Any]:
         """Collect and train until the student is exported; what was learned, as plain data."""
@@ -99,14 +115,18 @@ class _Stages:
         config = self.config
         queue = TrajectoryQueue.create(config.rollout.queue_capacity)
         total = sum(len(each.requests) for each in self.assigned)
-        source = StreamSource(self.folder.ledger, queue)
+        curation = config.curation.build()
+        if curation.needs_all:
+            left_out = ", ".join(describe(each) for each in curation.filters if each not in curation.stream.filters)
+            self.view.say(f"curation: {left_out} must see all trajectories first, and are left out on a stream")
+        source = StreamSource(self.folder.ledger, queue, curation)
         learner = LearnerGroup.start(
             learner_config(config, self.folder, total), source, gpus_per_rank=config.cluster.gpus_per_rank
         )
         try:
             learner.run()
             collection, self.teachers = start_collections(
-                config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue
+                config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue, meter=self.meter
             )
             try:
                 with self.view.stage("the teacher acts, the student learns"):
@@ -117,7 +137,11 @@ class _Stages:
         finally:
             learner.shutdown()
             queue.kill()
-        learned = {**asdict(final), **_first_step(self.folder, total)}
+        learned = {
+            **asdict(final),
+            **_first_step(self.folder, total),
+            "curation": _curated(curation, Ledger(self.folder.ledger)),
+        }
         write_json(record, learned)
         return learned
 
@@ -144,6 +168,8 @@ class _Stages:
                     "waited": f"{learned.wait_s:.0f} s",
                 }
                 self.view.show(figures, last=collected and learner.finished())
+                if seen.stopped:
+                    raise CollectionError(seen.stopped)
                 if learned.first_step_unix_s is not None and not first_step.exists():
                     write_json(first_step, {"unix_s": learned.first_step_unix_s})
                 if learned.step != last_step:
@@ -170,10 +196,10 @@ class _Stages:
                 settings=student_settings(config, mode), ledger=self.folder.scores / name, view=self.view,
                 title=f"evaluation: {name.replace('_', ' ')}", weights=weights,
             )  # fmt: skip
-        _stop(workers)
+        stop_rollout_actors(workers)
         for i, each in enumerate(self.assigned):
             loaded = self.teachers[i] if self.teachers else []
-            actors = loaded or start_workers(config, each.share.teacher, count=each.workers(config))
+            actors = loaded or start_workers(config, each.share.teacher, count=each.workers(config), meter=self.meter)
             name = "teacher" if len(self.assigned) == 1 else f"teacher {each.name}"
             scores[name] = run_evaluation(
                 config, self.environments, actors, self.world.test, policy=each.name, settings=config.episode,
@@ -202,15 +228,15 @@ def _model_folder(learner: LearnerConfig) -> Path | str:
     return path.absolute() if path.exists() else learner.model_path
 
 
+def _curated(curation: Curation, ledger: Ledger) -> dict[str, Any]:
+    """What each filter removed of what was recorded."""
+    curated = curation.stream.apply(ledger.trajectories)
+    deque(curated.kept, maxlen=0)
+    return curated.report.to_json()
+
+
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def _stop(workers: list[Any]) -> None:
-    import ray
-
-    for worker in workers:
-        ray.kill(worker)
 
 
 def _found(folder: RunFolder, episodes: int) -> str:

@@ -56,9 +56,12 @@ def summed(parts: Sequence[CollectProgress]) -> CollectProgress:
     whole = CollectProgress()
     for field in fields(CollectProgress):
         values = [getattr(part, field.name) for part in parts]
+        start = getattr(whole, field.name)
         if field.name.endswith("_s"):
             setattr(whole, field.name, max(values, default=0.0))
-        elif isinstance(getattr(whole, field.name), dict):
+        elif isinstance(start, str):
+            setattr(whole, field.name, "; ".join(dict.fromkeys(filter(None, values))))
+        elif isinstance(start, dict):
             setattr(whole, field.name, _added(values))
         else:
             setattr(whole, field.name, sum(values))

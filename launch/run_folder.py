@@ -22,6 +22,7 @@ FREE = (
     "evaluate",
     "learner.output_dir",
     "retrieval.timeout_s",
+    "rollout.adaptive",
     "rollout.concurrency",
     "rollout.env_hosts",
     "rollout.env_timeout_s",
@@ -54,6 +55,7 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.curve = self.path / "learning_curve.png"
         self.metrics = self.path / "metrics.jsonl"
+        self.spend = self.path / "spend.jsonl"
         self.first_step = self.path / "first_step.json"
 
     def config(self) -> DistillConfig:

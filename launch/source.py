@@ -1,13 +1,19 @@
 """`StreamSource`: what the learner is handed. First what an earlier run recorded, then the live queue, then a last
 look into the ledger for what was recorded but never arrived (a worker may die between the two). Each trajectory comes
-once."""
+once.
+
+What curation removes is handed over as one that did not succeed, which the learner refuses: its schedule goes by how
+many trajectories have arrived. Filters that compare trajectories cannot judge a stream; they are not applied here.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from rollout.curation import Curation
 from rollout.ledger import Ledger
 from rollout.trajectory import Trajectory
 from rollout.trajectory_queue import TrajectoryQueue
@@ -16,8 +22,9 @@ from rollout.trajectory_queue import TrajectoryQueue
 class StreamSource:
     """A `learner.base.TrajectorySource`; picklable before its first use."""
 
-    def __init__(self, ledger: Path, queue: TrajectoryQueue | None) -> None:
+    def __init__(self, ledger: Path, queue: TrajectoryQueue | None, curation: Curation | None = None) -> None:
         self._ledger, self._queue = ledger, queue
+        self._curation = (curation or Curation()).stream
         self._delivered: set[str] = set()
         self._waiting: deque[Trajectory] | None = None
         self._streaming = queue is not None
@@ -45,4 +52,5 @@ class StreamSource:
         for trajectory in trajectories:
             if trajectory.failure is None and trajectory.key not in self._delivered:
                 self._delivered.add(trajectory.key)
-                yield trajectory
+                keeps = not trajectory.trainable or self._curation.keeps(trajectory)
+                yield trajectory if keeps else replace(trajectory, success=False)

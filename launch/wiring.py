@@ -15,6 +15,7 @@ from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_re
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig, JobConfig, TeacherShare
 from launch.joint_collection import JointCollection
+from launch.spending import JobMeter
 from launch.teachers import assign
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
 from rollout.episode import EpisodeSettings
@@ -67,10 +68,14 @@ class Environments:
             raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error
 
 
-def start_workers(config: JobConfig, spec: PolicySpec, *, count: int) -> list[Any]:
-    """Rollout actors for `spec`; an engine gets its GPUs, an API client or the expert needs none."""
-    gpus_per_rank = config.cluster.gpus_per_worker if spec.kind == "vllm" else 0.0
-    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus_per_rank)
+def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: JobMeter | None = None) -> list[Any]:
+    """`count` x `spec.data_parallel_size` rollout actors; an engine gets its GPUs, an API client needs none.
+
+    Raises `PlacementError`.
+    """
+    gpus = config.cluster.gpus_per_worker if spec.kind == "vllm" else 0.0
+    handle = meter.handle if meter is not None and spec.kind == "openai" else None
+    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=handle)
 
 
 def start_evaluation(
@@ -117,7 +122,7 @@ class Assignment:
 
     def slots(self, config: JobConfig) -> int:
         """Episodes at a time, over all its workers."""
-        return self.concurrency(config) * self.workers(config)
+        return self.concurrency(config) * self.workers(config) * self.share.teacher.data_parallel_size
 
     def concurrency(self, config: JobConfig) -> int:
         """Per worker."""
@@ -145,6 +150,7 @@ def start_collections(
     *,
     ledger: Path | str,
     queue: Any = None,
+    meter: JobMeter | None = None,
 ) -> tuple[JointCollection, list[list[Any]]]:
     """One collection a teacher, all at the same time, and their workers. Waits for the environments first.
 
@@ -160,7 +166,7 @@ def start_collections(
             workers.append([])
             done += len(each.requests)
             continue
-        workers.append(start_workers(config, each.share.teacher, count=each.workers(config)))
+        workers.append(start_workers(config, each.share.teacher, count=each.workers(config), meter=meter))
         collections[each.name] = Collection(
             workers[-1],
             hosts,
@@ -170,6 +176,7 @@ def start_collections(
             ledger=ledger,
             queue=queue,
             concurrency=each.concurrency(config),
+            adaptive=config.rollout.adaptive,
             can_preview=can_preview,
             env_timeout_s=config.rollout.env_timeout_s,
         )

@@ -1,0 +1,57 @@
+"""One spend meter for a job, as a Ray actor beside its driver, where the log of what was spent is kept.
+
+Workers ask it before every paid call; the driver shows where it stands. It ends with the job, and the log stays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launch.config import JobConfig
+from rollout.spend import SpendMeter, SpendSnapshot
+
+METER_S = 30.0
+
+
+class JobMeter:
+    """A job's meter. `handle` is what workers get."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    @classmethod
+    def start(cls, config: JobConfig, log: Path | str) -> JobMeter | None:
+        """None where no teacher is an API. Raises `ValueError` for a log that cannot be used."""
+        if not any(share.teacher.kind == "openai" for share in config.all_teachers):
+            return None
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(SpendMeter).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)  # type: ignore
+        meter = cls(actor.remote(config.spend, str(log)))
+        try:
+            meter.snapshot()
+        except (RayError, TimeoutError) as error:
+            reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+            raise ValueError(f"the spend meter cannot start: {reason}") from None
+        return meter
+
+    def snapshot(self) -> SpendSnapshot:
+        """What was spent so far, by earlier jobs on this folder too."""
+        import ray
+
+        return ray.get(self.handle.snapshot.remote(), timeout=METER_S)
+
+    def close(self) -> None:
+        """The log is complete when it returns."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(self.handle.close.remote(), timeout=METER_S)
+        except (RayError, TimeoutError):
+            pass  # each charge was written when it was made
+        ray.kill(self.handle)
