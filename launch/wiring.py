@@ -74,7 +74,7 @@ def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: Job
     Raises `PlacementError`.
     """
     gpus = config.cluster.gpus_per_worker if spec.kind == "vllm" else 0.0
-    handle = meter.handle if meter is not None and spec.kind == "openai" else None
+    handle = meter.handle if meter is not None and spec.kind in ("openai", "vllm_server") else None
     return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=handle)
 
 

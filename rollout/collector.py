@@ -117,8 +117,7 @@ class RolloutActor:
     async def start(self) -> str:
         """Load the policy; returns its name."""
         if self._policy is None:
-            meter = {} if self._meter is None else {"meter": self._meter}
-            self._policy = await asyncio.to_thread(self._spec.build, **meter)
+            self._policy = await asyncio.to_thread(self._spec.build, self._meter)
         return self._policy.name
 
     async def run(

@@ -72,6 +72,8 @@ class PolicySpec:
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
     enforce_eager: bool = False
+    engine: Literal["auto", "in_process", "own_process"] = "auto"
+    """vllm on a CPU: where the engine runs; see `rollout.vllm_policy`."""
     world_seed: int = 0
     """expert: the seed of the starter world that it knows by heart (chain of thought only)."""
 
@@ -177,6 +179,7 @@ class PolicySpec:
             # Over nodes only Ray can start the ranks, in the bundles that `rollout.placement` reserved.
             distributed_executor="ray" if self.pipeline_parallel_size > 1 else None,
             enforce_eager=self.enforce_eager,
+            engine=self.engine,
         )
 
 
