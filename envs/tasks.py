@@ -48,7 +48,8 @@ class Columns:
     kind: str = "kind"
     grader: str = "grader"
     answer_after: str = ""
-    """Where answers are worked solutions: the mark whose last occurrence comes before the answer, `####` in GSM8K."""
+    """Where answers are worked solutions: the mark whose last occurrence comes before the answer, `####` in GSM8K.
+    What stands before it is kept as the metadata's `solution`, unless a column has that name."""
 
 
 def load_tasks(
@@ -126,7 +127,7 @@ def _task(row: Any, place: str, *, stem: str, number: int, kind: str, grader: st
         kind=str(_or(row, columns.kind, kind)),
         grader=name,
         aliases=tuple(alias for alias in dict.fromkeys((*aliases, *more)) if alias.strip() and alias != answer),
-        metadata=_metadata(row, columns),
+        metadata=_worked_solution(row, columns) | _metadata(row, columns),
     )
 
 
@@ -170,6 +171,14 @@ def _metadata(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     }
     plain = ((key, _plain(value)) for key, value in row.items() if key not in mapped)
     return {key: value for key, value in plain if value is not _MISSING}
+
+
+def _worked_solution(row: Mapping[str, Any], columns: Columns) -> dict[str, str]:
+    value = _at(row, columns.answer)
+    if not columns.answer_after or not isinstance(value, str):
+        return {}
+    solution = value.rpartition(columns.answer_after)[0].strip()
+    return {"solution": solution} if solution else {}
 
 
 def _plain(value: Any) -> Any:

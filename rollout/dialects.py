@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -148,6 +148,12 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""  # word for word Qwen2.5's chat template, which these models were trained with
 
 
+def tools_preamble(signatures: Iterable[str]) -> str:
+    """What Qwen's chat template puts behind the system prompt to tell of functions; each signature is a line of
+    JSON."""
+    return _TOOLS_PREAMBLE.format(signatures="\n".join(signatures))
+
+
 class ToolDialect:
     """JSON function calls in `<tool_call>` tags, several a turn if need be; a turn without one is the final answer.
 
@@ -165,8 +171,8 @@ class ToolDialect:
     @classmethod
     def for_tools(cls, system_prompt: str, tools: Sequence[Tool]) -> ToolDialect:
         """With the signatures of `tools` in the system prompt, as a model needs it that was not trained on them."""
-        signatures = "\n".join(json.dumps(tool.as_json_schema(), ensure_ascii=False) for tool in tools)
-        return cls(system_prompt + _TOOLS_PREAMBLE.format(signatures=signatures))
+        signatures = (json.dumps(tool.as_json_schema(), ensure_ascii=False) for tool in tools)
+        return cls(system_prompt + tools_preamble(signatures))
 
     def parse(self, text: str) -> ParsedTurn:
         pieces = _Pieces(text)

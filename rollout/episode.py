@@ -2,7 +2,7 @@
 
 A model's mistake (nothing to parse, code that fails, a limit) becomes an observation and the loop goes on. Our own
 failure (`EnvError`, `PolicyError`) ends the episode with a `Failure` on the trajectory, which is retried later and
-never trained on.
+never trained on. Every way of ending is told in words (`Trajectory.stop_detail`).
 
 Example::
 
@@ -14,18 +14,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from envs.base import EnvError, Observation, ObservationKind, StepResult, Task
+from envs.base import EnvError, Observation, ObservationKind, StepResult, Task, TaskError
 from rollout.async_env import AsyncEnv
 from rollout.dialects import COT, DIALECTS, Dialect, ParsedTurn
 from rollout.early_exit import EarlyExit, fruitless
-from rollout.first_thought import first_thought
-from rollout.guidance import GUIDES, GuideKind
+from rollout.first_thought import cot_messages, first_paragraph, first_thought_sampling
+from rollout.guidance import GUIDES, GuideKind, guide_leaks, guide_text
 from rollout.policy import Policy, PolicyError, Sampling
-from rollout.self_consistency import action_ballot, ballot, likelihoods, vote
+from rollout.self_consistency import action_ballot, ballot, is_decided, likelihoods, vote, waves
+from rollout.teacher_prompts import teacher_prompt
 from rollout.trajectory import (
     Candidate,
     Completion,
@@ -35,6 +36,7 @@ from rollout.trajectory import (
     Step,
     StopReason,
     Trajectory,
+    Usage,
     observation_message,
     trajectory_key,
 )
@@ -93,35 +95,39 @@ class EpisodeSettings:
         return trajectory_key(task_id=task.id, policy=policy, sample_index=sample_index, settings=settings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A step and what it led to."""
-
-    step: Step
-    reward: float
-    stop: StopReason | None
-    prediction: str | None
-
-
 async def run_episode(
     task: Task, *, policy: Policy, env: AsyncEnv, settings: EpisodeSettings, sample_index: int = 0
 ) -> Trajectory:
-    """One trajectory; never raises for what goes wrong inside the episode (cancellation aside)."""
+    """One trajectory; what goes wrong inside the episode is on it.
+
+    Raises a `PolicyError` that ends a whole collection (its `ends_collection` is true: no money is left), and is
+    cancelled as any coroutine is.
+    """
     episode = _Episode(task, policy, env, settings, sample_index)
     failure: Failure | None = None
+    limit = asyncio.timeout(settings.deadline_s)
     try:
-        async with asyncio.timeout(settings.deadline_s):
-            stop = await episode.run()
+        async with limit:
+            stop, detail = await episode.run()
     except EnvError as error:
         stop, failure = StopReason.FAILED, Failure(failure_class=FailureClass.ENVIRONMENT, message=str(error))
+    except TaskError as error:
+        stop, failure = StopReason.FAILED, Failure(failure_class=FailureClass.INPUT, message=str(error))
     except PolicyError as error:
+        if getattr(error, "ends_collection", False):
+            raise
         if error.failure_class is FailureClass.LIMIT:  # the conversation outgrew the model: a result, not a failure
-            stop = StopReason.LENGTH
+            stop, detail = StopReason.LENGTH, str(error)
         else:
             stop, failure = StopReason.FAILED, Failure(failure_class=error.failure_class, message=str(error))
-    except TimeoutError:
-        stop = StopReason.DEADLINE
-    return episode.trajectory(stop, failure)
+    except TimeoutError as error:
+        where = f"in step {len(episode.steps) + 1}, {episode.doing}"
+        if limit.expired():
+            stop, detail = StopReason.DEADLINE, f"{settings.deadline_s:g} s had passed {where}"
+        else:  # somebody else's limit, who should have said so in an error of ours
+            message = f"a call timed out {where}: {error or 'no message'}"
+            stop, failure = StopReason.FAILED, Failure(failure_class=episode.blame, message=message)
+    return episode.trajectory(stop, failure.message if failure else detail, failure)
 
 
 class _Episode:
@@ -135,98 +141,140 @@ class _Episode:
         self.reward = 0.0
         self.prediction: str | None = None
         self.first_thought: str | None = None
+        self.system_prompt = self.dialect.system_prompt
+        """As shown to the policy."""
+        self.user_prompt = task.question
+        self.guide: str | None = None
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
+        self.cost_usd = 0.0
+        self.doing, self.blame = _RESETTING
         self.started_at_s = time.time()
         self._clock = time.monotonic()
 
-    async def run(self) -> StopReason:
-        await self.env.reset(self.task, self.seed)
-        messages = [
-            Message(role="system", content=self.dialect.system_prompt),
-            Message(role="user", content=self.task.question),
-        ]
-        for index in range(self.settings.max_steps):
-            prefix = ""
-            if index == 0 and self.settings.first_thought:
-                self.first_thought = await first_thought(
-                    self.policy, self.task.question, COT, self._sampling(index, candidates=1)
-                )
-                prefix = self.dialect.opening(self.first_thought)
-            turn = await self._turn(messages, index, prefix)
-            self.steps.append(turn.step)
-            if turn.stop is not None:
-                self.reward, self.prediction = turn.reward, turn.prediction
-                return turn.stop
-            if fruitless(self.steps, self.settings.early_exit):
-                return StopReason.FRUITLESS
-            completion = turn.step.completion
+    async def run(self) -> tuple[StopReason, str]:
+        """Why it ended, and that in words. Raises `EnvError`, `PolicyError`, `TaskError`."""
+        settings = self.settings
+        self.guide = guide_text(self.task, settings.guide)
+        observation, info = await self.env.reset(self.task, self.seed)
+        self.user_prompt = observation.text or self.task.question
+        if settings.prompt == "teacher":
+            self.system_prompt = teacher_prompt(self.dialect.name, info.get("tools", ()), max_steps=settings.max_steps)
+        question = self.user_prompt if self.guide is None else f"{self.user_prompt}\n\n{self.guide}"
+        messages = [Message(role="system", content=self.system_prompt), Message(role="user", content=question)]
+        prefix = await self._first_thought(question) if settings.first_thought else ""
+        for index in range(settings.max_steps):
+            result = await self._turn(messages, index, prefix if index == 0 else "")
+            step = self.steps[-1]
+            if result.terminated or result.truncated:
+                self.reward, self.prediction = result.reward, result.info.get("final_answer")
+                return (StopReason.FINAL, "") if result.terminated else (StopReason.MAX_STEPS, "the env's limit")
+            if why := fruitless(self.steps, settings.early_exit):
+                return StopReason.FRUITLESS, why
             messages += [
                 Message(
-                    role="assistant", content=completion.text, spans=turn.step.spans, token_ids=completion.token_ids
+                    role="assistant",
+                    content=step.completion.text,
+                    spans=step.spans,
+                    token_ids=step.completion.token_ids,
                 ),
-                observation_message(turn.step.observation),
+                observation_message(step.observation),
             ]
-        return StopReason.MAX_STEPS
+        return StopReason.MAX_STEPS, f"no final answer in max_steps={settings.max_steps}"
 
-    async def _turn(self, messages: Sequence[Message], index: int, prefix: str) -> _Turn:
-        asked = time.monotonic()
-        sampling = self._sampling(index, candidates=self.settings.candidates)
+    async def _first_thought(self, question: str) -> str:
+        """The beginning of the first turn; "" when the policy's answer in words has no thought to begin with."""
+        cot_prompt = COT.system_prompt
+        if self.settings.prompt == "teacher":
+            cot_prompt = teacher_prompt(COT.name, max_steps=1)
+        sampling = first_thought_sampling(self._sampling(0, candidates=1))
+        [completion] = await self._complete(cot_messages(cot_prompt, question), sampling, "")
+        self.first_thought = first_paragraph(completion.text) or None
+        return self.dialect.opening(self.first_thought) if self.first_thought else ""
+
+    async def _complete(self, messages: Sequence[Message], sampling: Sampling, prefix: str) -> list[Completion]:
+        self.doing, self.blame = _SAMPLING
         completions = await self.policy.complete(messages, sampling, prefix=prefix)
+        self.requests += 1
+        self.prompt_tokens += completions[0].prompt_tokens
+        for completion in completions:
+            self.completion_tokens += completion.completion_tokens
+            self.cost_usd += completion.cost_usd
+        return completions
+
+    async def _turn(self, messages: Sequence[Message], index: int, prefix: str) -> StepResult:
+        """Samples, acts, and records the step."""
+        asked = time.monotonic()
+        completions = await self._complete(messages, self._sampling(index, candidates=self.settings.candidates), prefix)
         answered = time.monotonic()
         turns = [self.dialect.parse(completion.text) for completion in completions]
-        chosen, result, candidates = await self._act(completions, turns)
-        done = time.monotonic()
+        self.doing, self.blame = _ACTING
+        if len(turns) == 1:
+            chosen, result, candidates = 0, await self._step(turns[0]), ()
+        else:
+            chosen, result, candidates = await self._vote(completions, turns)
         observation = result.observation
         final = observation.kind is ObservationKind.FINAL
-        step = Step(
-            completion=completions[chosen],
-            spans=turns[chosen].spans,
-            action=turns[chosen].action,
-            observation=observation.text if final else self.dialect.observation(observation.text),
-            observation_kind=observation.kind,
-            candidates=candidates,
-            chosen=chosen,
-            tool_calls=int(result.info.get("tool_calls", 0)),
-            policy_s=answered - asked,
-            env_s=done - answered,
-        )
-        stop = StopReason.FINAL if result.terminated else StopReason.MAX_STEPS if result.truncated else None
-        return _Turn(step, result.reward, stop, result.info.get("final_answer"))
-
-    async def _act(
-        self, completions: Sequence[Completion], turns: Sequence[ParsedTurn]
-    ) -> tuple[int, StepResult, tuple[Candidate, ...]]:
-        """The index of the chosen candidate, what its action led to, and all candidates with their votes."""
-        if len(turns) == 1:
-            return 0, await self._step(turns[0]), ()
-        if not self.env.can_preview:
-            ballots = [action_ballot(turn.action) for turn in turns]
-            outcome = vote(ballots, likelihoods(completions))
-            result = await self._step(turns[outcome.winner])
-            observations = [result.observation if i == outcome.winner else None for i in range(len(turns))]
-        else:
-            runnable = [i for i, turn in enumerate(turns) if turn.action is not None]
-            actions = [action for turn in turns if (action := turn.action) is not None]
-            previews = dict(zip(runnable, await self.env.preview(actions), strict=True)) if actions else {}
-            ballots = [ballot(previews[i].observation) if i in previews else None for i in range(len(turns))]
-            outcome = vote(ballots, likelihoods(completions))
-            winner = outcome.winner
-            result = await self.env.commit(runnable.index(winner)) if winner in previews else _unparsed(turns[winner])
-            observations = [previews[i].observation if i in previews else None for i in range(len(turns))]
-        candidates = tuple(
-            Candidate(
-                text=completion.text,
-                observation=observation.text if observation else (turn.error or ""),
-                kind=observation.kind if observation else ObservationKind.PARSE_ERROR,
-                votes=count,
-            )
-            for completion, turn, observation, count in zip(
-                completions, turns, observations, outcome.counts, strict=True
+        self.steps.append(
+            Step(
+                completion=completions[chosen],
+                spans=turns[chosen].spans,
+                action=turns[chosen].action,
+                observation=observation.text if final else self.dialect.observation(observation.text),
+                observation_kind=observation.kind,
+                candidates=candidates,
+                chosen=chosen,
+                tool_calls=int(result.info.get("tool_calls", 0)),
+                policy_s=answered - asked,
+                env_s=time.monotonic() - answered,
             )
         )
-        return outcome.winner, result, candidates
+        return result
 
     async def _step(self, turn: ParsedTurn) -> StepResult:
         return _unparsed(turn) if turn.action is None else await self.env.step(turn.action)
+
+    async def _vote(
+        self, completions: Sequence[Completion], turns: Sequence[ParsedTurn]
+    ) -> tuple[int, StepResult, tuple[Candidate, ...]]:
+        """The index of the chosen candidate, what its action led to, and all candidates with their votes."""
+        likely = likelihoods(completions)
+        seen: dict[str, StepResult] = {}
+        if self.env.can_preview:
+            seen = await self._previews([turn.action for turn in turns], likely)
+            ballots = [ballot(seen[turn.action].observation) if turn.action in seen else None for turn in turns]
+            outcome = vote(ballots, likely)
+            action = turns[outcome.winner].action
+            if action in seen:
+                result = await self.env.commit(list(seen).index(action))
+            else:
+                result = _unparsed(turns[outcome.winner])
+        else:
+            outcome = vote([action_ballot(turn.action) for turn in turns], likely)
+            result = await self._step(turns[outcome.winner])
+            if action := turns[outcome.winner].action:
+                seen = {action: result}
+        candidates = tuple(
+            _candidate(completion, turn, seen, votes)
+            for completion, turn, votes in zip(completions, turns, outcome.counts, strict=True)
+        )
+        return outcome.winner, result, candidates
+
+    async def _previews(self, actions: Sequence[str | None], likely: Sequence[float] | None) -> dict[str, StepResult]:
+        """What the distinct actions lead to, by action, in the order that `commit` counts in: all of them, or as many
+        as decide the vote."""
+        first, rest = waves(actions, likely)
+        preview_more = getattr(self.env, "preview_more", None) if getattr(self.env, "can_preview_more", False) else None
+        if preview_more is None:
+            first, rest = list(dict.fromkeys(action for action in actions if action is not None)), []
+        if not first:
+            return {}
+        seen = dict(zip(first, await self.env.preview(first), strict=True))
+        if rest and preview_more is not None:
+            ballots = [ballot(seen[action].observation) for action in actions if action in seen]
+            waiting = sum(action is not None and action not in seen for action in actions)
+            if not is_decided(ballots, waiting=waiting):
+                seen |= zip(rest, await preview_more(rest), strict=True)
+        return seen
 
     def _sampling(self, index: int, *, candidates: int) -> Sampling:
         settings = self.settings
@@ -241,8 +289,9 @@ class _Episode:
             timeout_s=settings.deadline_s,
         )
 
-    def trajectory(self, stop: StopReason, failure: Failure | None) -> Trajectory:
-        return Trajectory(
+    def trajectory(self, stop: StopReason, detail: str, failure: Failure | None) -> Trajectory:
+        shown = self.system_prompt
+        trajectory = Trajectory(
             key=self.key,
             task=self.task,
             dialect=self.dialect.name,
@@ -257,19 +306,51 @@ class _Episode:
             prediction=self.prediction,
             stop_reason=stop,
             failure=failure,
+            stop_detail=detail,
             first_thought=self.first_thought,
+            shown_system_prompt=shown if shown != self.dialect.system_prompt else None,
+            user_prompt=self.user_prompt if self.user_prompt != self.task.question else None,
+            guide=self.guide,
+            usage=Usage(
+                requests=self.requests,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=self.completion_tokens,
+                cost_usd=self.cost_usd,
+            ),
             started_at_s=self.started_at_s,
             duration_s=time.monotonic() - self._clock,
         )
+        return trajectory if self.guide is None else replace(trajectory, leaks=guide_leaks(trajectory))
+
+
+# What an episode is doing, in words, and whose fault it is when that never ends.
+_RESETTING = ("starting the env", FailureClass.ENVIRONMENT)
+_SAMPLING = ("waiting for the policy", FailureClass.ENGINE)
+_ACTING = ("waiting for the env", FailureClass.ENVIRONMENT)
+
+
+def _candidate(completion: Completion, turn: ParsedTurn, seen: Mapping[str, StepResult], votes: int) -> Candidate:
+    if turn.action is None:
+        text, kind, ran = turn.error or "", ObservationKind.PARSE_ERROR, True
+    elif turn.action in seen:
+        observation = seen[turn.action].observation
+        text, kind, ran = observation.text, observation.kind, True
+    else:
+        text, kind, ran = "", ObservationKind.OK, False
+    return Candidate(
+        text=completion.text,
+        observation=text,
+        kind=kind,
+        votes=votes,
+        ran=ran,
+        token_ids=completion.token_ids,
+        logprobs=completion.logprobs,
+    )
 
 
 def _unparsed(turn: ParsedTurn) -> StepResult:
     observation = Observation(text=turn.error or "", kind=ObservationKind.PARSE_ERROR)
-    return StepResult(observation, 0.0, False, False, _no_info())
-
-
-def _no_info() -> dict[str, Any]:
-    return {"final_answer": None, "tool_calls": 0}
+    return StepResult(observation, 0.0, False, False, {"final_answer": None, "tool_calls": 0})
 
 
 def _seed(key: str) -> int:

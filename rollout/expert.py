@@ -19,10 +19,12 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from envs.answer_env import question_of
 from envs.starter_arithmetic import Problem, read_problem
 from envs.starter_two_hop import TwoHop, read_page, read_two_hop
 from rollout.dialects import COT
 from rollout.policy import Sampling
+from rollout.teacher_prompts import COT_TEACHER
 from rollout.trajectory import Completion, Message
 
 _RESULT = re.compile(r"^\[\d+\] (?P<title>[^:\n]+): (?P<text>.+)$", re.MULTILINE)
@@ -50,8 +52,8 @@ class ExpertPolicy:
         pass
 
     def _turn(self, messages: Sequence[Message]) -> str:
-        question = next(message.content for message in messages if message.role == "user")
-        in_words = messages[0].role == "system" and messages[0].content == COT.system_prompt
+        question = question_of(next(message.content for message in messages if message.role == "user"))
+        in_words = messages[0].role == "system" and messages[0].content in (COT.system_prompt, COT_TEACHER)
         observations = [message.content for message in messages if message.role == "user"][1:]
         if problem := read_problem(question):
             return _reason_arithmetic(problem) if in_words else _act_arithmetic(problem, observations)

@@ -75,6 +75,23 @@ def test_first_thought_goes_through_the_whole_episode(world, host):
     assert trajectory.steps[0].completion.text.startswith(f"Thought: {trajectory.first_thought}\nCode:")
 
 
+@pytest.mark.parametrize("prompt", ["student", "teacher"])
+def test_it_reasons_in_words_behind_retrieved_passages(world, prompt):
+    pages = Corpus(Passage(id=i, title=title, text=text) for i, title, text in world.passages())
+    retriever = Bm25Retriever.build(pages)
+    spec = EnvSpec(name="answer", context_passages=2, search_format="paper")
+    host = EnvHost(spec, lambda query, k: retriever.search([query], k)[0])
+    facts = {name: entity.facts for name, entity in world.encyclopedia.entities.items()}
+    settings = EpisodeSettings(dialect="cot", prompt=prompt)
+    for task in world.train_tasks(4):
+        episode = run_episode(task, policy=ExpertPolicy(facts), env=ThreadedEnv(host.make()), settings=settings)
+        trajectory = asyncio.run(episode)
+        assert trajectory.success
+        assert trajectory.user_prompt.count("===== Document") == 2 and trajectory.user_prompt.endswith(task.question)
+        assert trajectory.messages()[1].content == trajectory.user_prompt
+    host.close()
+
+
 def test_the_answer_is_taken_from_the_pages_not_known(world):
     """With a page that tells another fact, the expert answers with what the page says."""
     question = Message(role="user", content="In which city was the author of The Silver Harbor born?")

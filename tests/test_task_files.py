@@ -51,7 +51,7 @@ def test_columns_may_have_other_names(tmp_path):
     rows = [{"problem": "1 + 1?", "solution": "It is\n#### 2", "unique": "x"}]
     columns = Columns(question="problem", answer="solution", id="unique", answer_after="####")
     [task] = load_tasks(write(tmp_path, "t.parquet", rows), columns=columns)
-    assert (task.question, task.answer, task.id, task.metadata) == ("1 + 1?", "2", "x", {})
+    assert (task.question, task.answer, task.id, task.metadata) == ("1 + 1?", "2", "x", {"solution": "It is"})
 
 
 def test_answers_may_be_nested_and_several(tmp_path):
