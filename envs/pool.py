@@ -205,12 +205,14 @@ class RemoteEnv:
     def __init__(self, host: Any, slot: int, *, can_preview: bool, timeout_s: float) -> None:
         self._host, self._slot, self._timeout_s = host, slot, timeout_s
         self.can_preview = self.can_preview_more = can_preview
+        self._open = False
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
+        self._open = True
         return await self._call(self._host.reset.remote(self._slot, task, seed), "reset")
 
     async def step(self, action: str) -> StepResult:
-        return await self._call(self._host.step.remote(self._slot, action), "step")
+        return self._after(await self._call(self._host.step.remote(self._slot, action), "step"))
 
     async def preview(self, actions: Sequence[str]) -> list[StepResult]:
         return await self._call(self._host.preview.remote(self._slot, list(actions)), "preview")
@@ -219,10 +221,17 @@ class RemoteEnv:
         return await self._call(self._host.preview_more.remote(self._slot, list(actions)), "preview")
 
     async def commit(self, index: int) -> StepResult:
-        return await self._call(self._host.commit.remote(self._slot, index), "commit")
+        return self._after(await self._call(self._host.commit.remote(self._slot, index), "commit"))
 
     async def close(self) -> None:
-        await self._call(self._host.release.remote(self._slot), "release")
+        """Nothing to do, and no call, after an episode that came to its end: an env frees its own then."""
+        if self._open:
+            self._open = False
+            await self._call(self._host.release.remote(self._slot), "release")
+
+    def _after(self, result: StepResult) -> StepResult:
+        self._open = self._open and not (result.terminated or result.truncated)
+        return result
 
     async def _call(self, reference: Awaitable[Any], what: str) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
