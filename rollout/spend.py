@@ -59,6 +59,8 @@ _SLACK_USD = 1e-9
 class BudgetExceeded(PolicyError):
     """The spend cap leaves no room for this call. Stop cleanly; a run with a higher cap goes on from here."""
 
+    ends_collection = True
+
     def __init__(self, message: str) -> None:
         super().__init__(message, FailureClass.LIMIT)
 
