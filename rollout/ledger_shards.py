@@ -1,0 +1,71 @@
+"""One shard of a ledger: a Parquet file of `rollout.records` rows, written whole and read in parts.
+
+Compression is zstd; dictionaries are off, since they cost more than they save on text and token ids. Row groups are
+small, so that reading a large shard holds few trajectories in memory at once.
+
+Example::
+
+    storage.publish({"shards/w-1.parquet": encode(to_table(trajectories))}, by="w")
+    for table in tables(storage, "shards/w-1.parquet", ["key", "kind"]): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rollout.records import SCHEMA, SCHEMA_VERSION, current, schema_version
+from rollout.storage import Storage
+
+ROW_GROUP = 512
+"""Rows."""
+READ_ERRORS = (pa.ArrowException, OSError, ValueError)
+"""What reading a damaged shard raises; `FileNotFoundError`, one that is gone, is among them."""
+
+
+class LedgerError(RuntimeError):
+    """A folder that is no ledger, or one that cannot be read; the message names the file and what is wrong."""
+
+
+def encode(table: pa.Table) -> pa.Buffer:
+    """The bytes of a shard."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", compression_level=1, use_dictionary=False, row_group_size=ROW_GROUP)
+    return sink.getvalue()
+
+
+def tables(storage: Storage, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The shard's row groups, as `SCHEMA` has them now. `columns` names top-level columns, or fields in structs
+    ('task.kind'; they come as the struct with that field). Raises one of `READ_ERRORS`."""
+    with storage.open(shard) as file, pq.ParquetFile(file, pre_buffer=columns is None) as parquet:
+        old = schema_version(parquet.schema_arrow) != SCHEMA_VERSION
+        wanted = list(columns) if columns is not None else None
+        if wanted is not None:
+            for name in wanted:
+                if name.split(".")[0] not in SCHEMA.names:
+                    raise KeyError(f"trajectories have no column {name!r}; there are {', '.join(SCHEMA.names)}")
+        # What an older version lacks is worked out from the whole rows.
+        lacking = old and (wanted is None or not {name.split(".")[0] for name in wanted} <= {"key", "failure"})
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, columns=None if lacking else wanted, use_threads=False)
+            if lacking:
+                table = current(table)
+                if wanted is not None:
+                    table = table.select(list(dict.fromkeys(name.split(".")[0] for name in wanted)))
+            yield table
+
+
+def keys(storage: Storage, shard: str) -> list[str]:
+    """In row order, reading the key column only. Raises one of `READ_ERRORS`."""
+    with storage.open(shard) as file, pq.ParquetFile(file) as parquet:
+        return parquet.read(columns=["key"], use_threads=False).column(0).to_pylist()
+
+
+def damaged(storage: Storage, shard: str, error: Exception) -> LedgerError:
+    """What to say of a shard that cannot be read."""
+    return LedgerError(
+        f"{storage.uri}/{shard} cannot be read ({error}). Shards are written whole, so it was damaged later: "
+        "restore it, or move it away and run again what it held"
+    )
