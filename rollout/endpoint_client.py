@@ -43,8 +43,8 @@ from rollout.trajectory import FailureClass
 OPENAI = "https://api.openai.com/v1"
 _CHECK_TIMEOUT_S = 5.0
 _LEASE_SLACK_S = 60.0
-_FREE_WAIT_S = 0.5
-"""A wait that a server asks for is no retry from here on; below, a server could keep a call busy."""
+_FREE_WAIT_S, _FREE_WAITS = 0.5, 10
+"""A wait that a server asks for is no retry; of short ones only so many, or it could keep a call busy for ever."""
 Read = Callable[[Mapping[str, Any]], Reply]
 
 
@@ -259,7 +259,7 @@ class EndpointClient:
 
     async def _fetch(self, request: Request, read: Read, limit: CallLimit) -> Answer:
         limit.waiting_for = f"one of {self._settings.concurrency} slots"
-        tried = 0
+        tried = told = 0
         async with self._slots:
             while True:
                 try:
@@ -275,7 +275,8 @@ class EndpointClient:
                 if asked_s is not None:
                     self.counts["rate_limited"] += 1
                     self._limiter.pause(asked_s)
-                    if asked_s >= _FREE_WAIT_S:
+                    told += 1
+                    if asked_s >= _FREE_WAIT_S or told <= _FREE_WAITS:
                         self.counts["retries"] += 1
                         continue  # `admit` holds us all, until the caller's time is up
                 if tried >= self._settings.retries.per_call:

@@ -59,7 +59,7 @@ class RateLimits:
 class Retries:
     """When a failed request is tried again. Raises `ValueError` for impossible values."""
 
-    per_call: int = 4
+    per_call: int = 6
     """Tries after the first one, of one call. A wait that the server asked for (429 with Retry-After) is none."""
     share: float = 0.5
     """Retries among all requests of the last `window_s`; a client with more of them gives its calls up at once."""
