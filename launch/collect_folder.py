@@ -24,7 +24,9 @@ from launch.config_reading import to_plain
 from launch.run_folder import FREE, RunFolderError, check_same, read_record
 from rollout.storage import FolderStorage, open_storage
 
-FREE_TO_COLLECT = (*FREE, "curation", "out", "rollout.samples", "scratch", "tasks.test_count", "tasks.train_count")
+FREE_TO_COLLECT = (
+    *FREE, "compact", "curation", "out", "rollout.samples", "scratch", "tasks.test_count", "tasks.train_count"
+)  # fmt: skip
 RECORD, SUMMARY, LOCK = "config.json", "summary.json", ".lock"
 
 

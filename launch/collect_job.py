@@ -7,7 +7,6 @@ tasks x samples -> teachers -> rollout workers <-> env hosts <-> retrieval      
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -60,20 +59,23 @@ def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: boo
     tasks = world.train if config.split == "train" else world.test
     view.say(f"collection {folder.out}: recipe {config.recipe}, seed {config.seed}, {len(tasks):,} tasks")
     try:
-        assigned = assignments(config, tasks, Ledger(folder.ledger))
+        ledger = Ledger(folder.ledger)
+        if resumed and config.compact:
+            ledger.compact_if_needed()
+        assigned = assignments(config, tasks, ledger)
         for each in assigned:
-            found = len(each.requests) - len(each.missing)
-            earlier = f", {found:,} of them recorded by an earlier job" if resumed else ""
-            view.say(f"  {each.name}: {len(each.requests):,} episodes{earlier}")
+            view.say(f"  {each.name}: {len(each.requests):,} episodes{each.earlier() if resumed else ''}")
         if any(each.missing for each in assigned):
             stopped, spent = _collect(config, folder, world, assigned, view)
         else:
             view.say("nothing is missing")
             stopped, spent = "", None
         expected = {each.name: {request.key for request in each.requests} for each in assigned}
-        curated = config.curation.build().apply(Ledger(folder.ledger).trajectories)
-        summary = summarise(Ledger(folder.ledger), expected)
-        deque(curated.kept, maxlen=0)
+        summary = summarise(
+            Ledger(folder.ledger), expected, rule=config.rollout.retry, curation=config.curation.build()
+        )
+        if summary.complete and config.compact:
+            Ledger(folder.ledger).compact()
         folder.write_summary(
             {
                 "recipe": config.recipe,
@@ -82,7 +84,6 @@ def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: boo
                 **summary.to_json(),
                 "stopped": stopped,
                 "spent": asdict(spent) if spent else None,
-                "curation": curated.report.to_json(),
                 "environment": describe_environment(),
                 "config": to_plain(config),
             }
@@ -90,12 +91,16 @@ def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: boo
     except (*TROUBLE, OSError) as error:
         raise CollectJobError(str(error)) from error
     view.console.print(summary_table(summary))
-    view.console.print(curated.report.table("a student would be trained on"))
+    view.console.print(summary.curation.table("a student would be trained on"))
     if spent is not None:
         view.say(f"spent: {spent}")
     if stopped:
         view.say(f"stopped: {stopped}")
     view.say(summary.closing_line())
+    if again := sum(summary.failed.values()) - summary.quarantined:
+        view.say(f"the same command tries {again:,} failed episodes again")
+    if summary.quarantined:
+        view.say(f"{summary.quarantined:,} are quarantined: rollout.retry_quarantined=true tries them again")
     return Outcome(summary=summary, stopped=stopped, spent=spent)
 
 

@@ -3,9 +3,9 @@ teachers.
 
 Example::
 
-    summary = summarise(ledger, {"qwen": keys_of_qwen})
+    summary = summarise(ledger, {"qwen": keys_of_qwen}, settled, Curation.from_config(["correct"]))
     summary.complete          # nothing is unaccounted for
-    summary.to_json()
+    print(summary.closing_line())
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from rich import box
 from rich.table import Table
 
 from launch.intervals import score
+from rollout.curation import Curation, CurationReport
 from rollout.ledger import Ledger
-from rollout.trajectory import Trajectory
+from rollout.retries import RetryRule
+
+_COLUMNS = ["key", "kind", "success", "stop_reason", "step_count", "tool_calls", "usage", "completion_tokens"]
 
 
 @dataclass(slots=True)
@@ -29,25 +32,30 @@ class KindTally:
 
     recorded: int = 0
     succeeded: int = 0
-    trainable: int = 0
+    accepted: int = 0
+    """Curation keeps them."""
     steps: int = 0
     tool_calls: int = 0
+    requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    """All that was sampled, candidates that lost included, where the teacher tells."""
     cost_usd: float = 0.0
 
-    def add(self, trajectory: Trajectory) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
+        """A row of `_COLUMNS`."""
+        usage = row["usage"]
         self.recorded += 1
-        self.succeeded += trajectory.success
-        self.trainable += trajectory.trainable
-        self.steps += len(trajectory.steps)
-        self.tool_calls += trajectory.tool_calls
-        self.prompt_tokens += trajectory.usage.prompt_tokens
-        self.completion_tokens += trajectory.usage.completion_tokens or trajectory.completion_tokens
-        self.cost_usd += trajectory.usage.cost_usd
+        self.succeeded += row["success"]
+        self.steps += row["step_count"]
+        self.tool_calls += row["tool_calls"]
+        self.requests += usage["requests"]
+        self.prompt_tokens += usage["prompt_tokens"]
+        self.completion_tokens += usage["completion_tokens"] or row["completion_tokens"]
+        self.cost_usd += usage["cost_usd"]
 
     def __add__(self, other: KindTally) -> KindTally:
-        return KindTally(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+        return KindTally(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "success": asdict(score(self.succeeded, self.recorded)) if self.recorded else None}
@@ -62,8 +70,10 @@ class Summary:
     """Of those expected, with a result."""
     failed: dict[str, int]
     """Of those without a result: by the class of their last failure."""
+    quarantined: int
+    """Of those failed: not tried again unless told to."""
     missing: int
-    """Neither: they were never run to an end."""
+    """Neither: they were not run to an end."""
     duplicates: int
     """Rows of the ledger beyond the first of their key; readers leave them out."""
     beyond: int
@@ -71,6 +81,9 @@ class Summary:
     tallies: dict[str, dict[str, KindTally]]
     """teacher -> kind -> tally."""
     stop_reasons: dict[str, int]
+    failed_cost_usd: float
+    """Of attempts that came to no result."""
+    curation: CurationReport
 
     @property
     def complete(self) -> bool:
@@ -81,20 +94,29 @@ class Summary:
     def all(self) -> KindTally:
         return sum((tally for kinds in self.tallies.values() for tally in kinds.values()), KindTally())
 
+    @property
+    def cost_usd(self) -> float:
+        return self.all.cost_usd + self.failed_cost_usd
+
     def to_json(self) -> dict[str, Any]:
+        accepted = self.all.accepted
         return {
             "expected": self.expected,
             "recorded": self.recorded,
             "failed": self.failed,
+            "quarantined": self.quarantined,
             "missing": self.missing,
             "duplicates": self.duplicates,
             "beyond": self.beyond,
             "complete": self.complete,
+            "cost_usd": self.cost_usd,
+            "cost_per_accepted_usd": self.cost_usd / accepted if accepted else None,
             "all": self.all.to_json(),
             "teachers": {
                 name: {kind: tally.to_json() for kind, tally in kinds.items()} for name, kinds in self.tallies.items()
             },
             "stop_reasons": self.stop_reasons,
+            "curation": self.curation.to_json(),
         }
 
     def closing_line(self) -> str:
@@ -109,65 +131,75 @@ class Summary:
         return f"{self.expected:,} episodes = {' + '.join(parts)}, each once: {verdict}"
 
 
-def summarise(ledger: Ledger, expected: Mapping[str, Set[str]]) -> Summary:
-    """`expected`: teacher -> keys of its episodes. Reads the ledger once."""
+def summarise(ledger: Ledger, expected: Mapping[str, Set[str]], *, rule: RetryRule, curation: Curation) -> Summary:
+    """`expected`: teacher -> keys of its episodes. Reads a few columns, and for the curation the trajectories."""
     owner = {key: teacher for teacher, keys in expected.items() for key in keys}
     tallies: dict[str, dict[str, KindTally]] = {teacher: defaultdict(KindTally) for teacher in expected}
     stops: Counter[str] = Counter()
     recorded: set[str] = set()
     beyond = 0
-    for trajectory in ledger.trajectories():
-        teacher = owner.get(trajectory.key)
-        if teacher is None:
-            beyond += 1
-            continue
-        recorded.add(trajectory.key)
-        tallies[teacher][trajectory.task.kind].add(trajectory)
-        stops[trajectory.stop_reason.value] += 1
-    failed = {
-        failure.key: failure.failure.failure_class.value
-        for failure in ledger.failures()
-        if failure.failure is not None and failure.key in owner and failure.key not in recorded
-    }
+    for table in ledger.scan(_COLUMNS):
+        for row in table.to_pylist():
+            teacher = owner.get(row["key"])
+            if teacher is None:
+                beyond += 1
+                continue
+            recorded.add(row["key"])
+            tallies[teacher][row["kind"]].add(row)
+            stops[row["stop_reason"]] += 1
+    attempts = {key: each for key, each in ledger.attempts().items() if key in owner and key not in recorded}
+    curated = curation.apply(ledger.trajectories)
+    for trajectory in curated.kept:
+        if trajectory.key in owner:
+            tallies[owner[trajectory.key]][trajectory.task.kind].accepted += 1
     return Summary(
         expected=len(owner),
         recorded=len(recorded),
-        failed=dict(sorted(Counter(failed.values()).items())),
-        missing=len(owner) - len(recorded) - len(failed),
+        failed=dict(sorted(Counter(each.last_class.value for each in attempts.values()).items())),
+        quarantined=sum(rule.exhausted(each) is not None for each in attempts.values()),
+        missing=len(owner) - len(recorded) - len(attempts),
         duplicates=ledger.duplicates(),
         beyond=beyond,
         tallies={teacher: dict(sorted(kinds.items())) for teacher, kinds in tallies.items()},
         stop_reasons=dict(stops.most_common()),
+        failed_cost_usd=sum(
+            row["cost_usd"] for table in ledger.scan_failures(["cost_usd"]) for row in table.to_pylist()
+        ),
+        curation=curated.report,
     )
 
 
 def summary_table(summary: Summary) -> Table:
     """A row for each kind and teacher, with 95% intervals, and one for all."""
-    table = Table(title="collected; success with 95% intervals, steps and tool calls in the mean", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("teacher", no_wrap=True)
+    table = Table(
+        title="collected (success with 95% intervals; steps and tool calls in the mean)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("teacher", overflow="fold")
     table.add_column("kind", no_wrap=True)
-    for column in ("number", "success, %", "steps", "calls", "tokens", "US$", "US$/success"):
+    paid = ("US$", "US$/accepted") if summary.cost_usd else ()
+    for column in ("number", "success, %", "accepted", "steps", "calls", "tokens", *paid):
         table.add_column(column, justify="right", no_wrap=True)
     rows = [(name, kind, tally) for name, kinds in summary.tallies.items() for kind, tally in kinds.items()]
-    if len(rows) > 1:
+    if len(rows) != 1:
         rows.append(("all", "", summary.all))
     for name, kind, tally in rows:
-        if not tally.recorded:
-            continue
-        rate = score(tally.succeeded, tally.recorded)
-        table.add_row(
-            name,
-            kind,
+        rate = score(tally.succeeded, tally.recorded) if tally.recorded else None
+        n = max(tally.recorded, 1)
+        cells = [
             f"{tally.recorded:,}",
-            f"{100 * rate.mean:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]",
-            f"{tally.steps / tally.recorded:.1f}",
-            f"{tally.tool_calls / tally.recorded:.1f}",
+            f"{100 * rate.mean:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]" if rate else "-",
+            f"{tally.accepted:,}",
+            f"{tally.steps / n:.1f}",
+            f"{tally.tool_calls / n:.1f}",
             f"{tally.completion_tokens:,}",
-            f"{tally.cost_usd:.4f}" if tally.cost_usd else "-",
-            f"{tally.cost_usd / tally.succeeded:.5f}" if tally.cost_usd and tally.succeeded else "-",
-        )
+        ]
+        if paid:
+            cells += [
+                f"{tally.cost_usd:.4f}",
+                f"{tally.cost_usd / tally.accepted:.5f}" if tally.accepted else "-",
+            ]
+        table.add_row(name, kind, *cells)
     return table
-
-
-def _values(tally: KindTally) -> list[Any]:
-    return list(asdict(tally).values())

@@ -16,6 +16,7 @@ from learner.config import LearnerConfig
 from rollout.curation import Curation
 from rollout.episode import EpisodeSettings
 from rollout.policy_spec import PolicySpec
+from rollout.retries import RetryRule
 from rollout.spend import SpendCap
 
 DIALECT_OF_ENV = {"code": "code", "answer": "cot", "tool": "tool", "search": "search"}
@@ -86,6 +87,10 @@ class RolloutConfig:
     """Fewer at a time when an engine's KV cache is full, more again when it is not."""
     env_hosts: int = 1
     env_timeout_s: float = 60.0
+    retry: RetryRule = RetryRule()
+    """How many attempts of a failed episode are recorded, over all jobs, before it is quarantined."""
+    retry_quarantined: bool = False
+    """Try those again, too."""
     queue_capacity: int = 256
     """Trajectories between rollout and learner; when it is full, rollout waits."""
 
@@ -222,6 +227,8 @@ class CollectConfig(JobConfig):
     """Folder for what can be made again (index, caches)."""
     split: Literal["train", "test"] = "train"
     """Which of the tasks."""
+    compact: bool = True
+    """Merge the ledger's small shards, when a job goes on and when all is collected."""
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 from launch.config import CollectConfig, DistillConfig, JobConfig
+from launch.spending import is_endpoint
 from launch.world import load_world
 from learner.config import ConfigError
+from rollout.guidance import guide_text
 from rollout.policy import PolicyError
 from rollout.policy_spec import PolicySpec
 
@@ -36,16 +38,35 @@ def check_collection(config: CollectConfig) -> None:
 
 def _check_job(config: JobConfig, index: Path) -> None:
     several = len(config.all_teachers) > 1
-    keys = [f"teachers.{i}.teacher" if several else "teacher" for i in range(len(config.all_teachers))]
-    for key, share in zip(keys, config.all_teachers, strict=True):
-        if share.teacher.kind == "vllm":
-            _check_model(f"{key}.model", share.teacher.model)
+    teachers = {
+        f"teachers.{i}.teacher" if several else "teacher": share.teacher for i, share in enumerate(config.all_teachers)
+    }
+    for key, spec in teachers.items():
+        if spec.kind == "vllm":
+            _check_model(f"{key}.model", spec.model)
+        if spec.kind == "vllm_server":
+            _check_tokenizer(f"{key}.tokenizer", spec.tokenizer or spec.model)
+        if is_endpoint(spec) and config.spend.usd is not None and spec.prices is None:
+            raise ConfigError(
+                f"config {key}.prices: spend.usd={config.spend.usd:g} is a cap in money, so prices are needed: "
+                f"{key}.prices='{{prompt_usd_per_million: 0.15, completion_usd_per_million: 0.6}}', or cap spend.tokens"
+            )
     _check_judge(config)
     if config.tasks.source == "files" or config.retrieval.corpus or config.env.context_passages:
-        load_world(config, index)
-    for key, share in zip(keys, config.all_teachers, strict=True):  # last: it waits for others
-        if share.teacher.kind == "openai":
-            _check_endpoint(key, share.teacher)
+        world = load_world(config, index)
+        for task in world.train if config.episode.guide != "none" else ():
+            guide_text(task, config.episode.guide)
+    for key, spec in teachers.items():  # last: it waits for others
+        if is_endpoint(spec):
+            _check_endpoint(key, spec)
+
+
+def _check_tokenizer(key: str, tokenizer: str) -> None:
+    """As `_check_model`, for a folder that needs no model in it."""
+    path = Path(tokenizer)
+    looks_local = tokenizer.startswith((".", "/", "~")) or path.exists() or tokenizer.count("/") > 1
+    if looks_local and not (path / "tokenizer_config.json").is_file():
+        raise ConfigError(f"config {key}: {tokenizer!r} holds no tokenizer (no tokenizer_config.json there)")
 
 
 def _check_model(key: str, model: str) -> None:
@@ -72,7 +93,7 @@ def _check_endpoint(key: str, spec: PolicySpec) -> None:
     async def ask() -> None:
         policy = spec.build()
         try:
-            await policy.check()  # type: ignore[attr-defined]  # only OpenAI policies are asked
+            await policy.check()  # type: ignore[attr-defined]  # only endpoints are asked
         finally:
             await policy.close()
 

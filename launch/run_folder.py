@@ -27,11 +27,13 @@ FREE = (
     "rollout.env_hosts",
     "rollout.env_timeout_s",
     "rollout.queue_capacity",
+    "rollout.retry",
+    "rollout.retry_quarantined",
     "rollout.workers",
     "run_dir",
     "spend",
 )
-POLICY_FIXED = ("kind", "name", "model", "dtype", "max_model_len", "world_seed")
+POLICY_FIXED = ("kind", "name", "model", "tokenizer", "prefill", "extra_body", "dtype", "max_model_len", "world_seed")
 """Of a teacher: what it is. The rest says where it runs, how it is asked and what it costs."""
 
 

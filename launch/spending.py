@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import JobConfig
+from rollout.policy_spec import PolicySpec
 from rollout.spend import SpendMeter, SpendSnapshot
 
 METER_S = 30.0
+
+
+def is_endpoint(spec: PolicySpec) -> bool:
+    """Its calls go over the network, and may cost money."""
+    return spec.kind in ("openai", "vllm_server")
 
 
 class JobMeter:
@@ -22,8 +28,8 @@ class JobMeter:
 
     @classmethod
     def start(cls, config: JobConfig, log: Path | str) -> JobMeter | None:
-        """None where no teacher is an API. Raises `ValueError` for a log that cannot be used."""
-        if not any(share.teacher.kind == "openai" for share in config.all_teachers):
+        """None where no teacher is an endpoint. Raises `ValueError` for a log that cannot be used."""
+        if not any(is_endpoint(share.teacher) for share in config.all_teachers):
             return None
         import ray
         from ray.exceptions import RayError

@@ -107,7 +107,7 @@ def start_evaluation(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """A teacher, and the episodes that are its own."""
 
@@ -115,6 +115,18 @@ class Assignment:
     requests: list[EpisodeRequest]
     """All of them, those that are recorded already included."""
     missing: list[EpisodeRequest]
+    quarantined: int
+    """Neither recorded nor missing: they failed too often to be tried again."""
+
+    @property
+    def found(self) -> int:
+        """Nothing is left to do for them."""
+        return len(self.requests) - len(self.missing)
+
+    def earlier(self) -> str:
+        """What an earlier job left, in words."""
+        quarantined = f" and {self.quarantined:,} quarantined" if self.quarantined else ""
+        return f", {self.found - self.quarantined:,} recorded{quarantined} by an earlier job"
 
     @property
     def name(self) -> str:
@@ -134,11 +146,16 @@ class Assignment:
 
 def assignments(config: JobConfig, tasks: Sequence[Task], ledger: Ledger) -> list[Assignment]:
     """Who does what of `tasks` x `rollout.samples`, and what of it `ledger` does not hold yet."""
-    recorded = ledger.keys()
+    settled = ledger.settled(config.rollout.retry, retry_quarantined=config.rollout.retry_quarantined)
     teachers = config.all_teachers
     assigned = assign(tasks, config.rollout.samples, teachers, config.share, config.episode)
     return [
-        Assignment(share, requests, [request for request in requests if request.key not in recorded])
+        Assignment(
+            share=share,
+            requests=requests,
+            missing=[request for request in requests if request.key not in settled],
+            quarantined=sum(request.key in settled.quarantined for request in requests),
+        )
         for share, requests in zip(teachers, assigned, strict=True)
     ]
 
@@ -171,7 +188,7 @@ def start_collections(
             workers[-1],
             hosts,
             each.missing,
-            found=len(each.requests) - len(each.missing),
+            found=each.found,
             settings=config.episode,
             ledger=ledger,
             queue=queue,
