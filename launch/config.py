@@ -189,6 +189,10 @@ class JobConfig:
                 f"env.name {self.env.name!r} does not go with episode.dialect {self.episode.dialect!r}: "
                 f"use episode.dialect={wanted}"
             )
+        if self.env.name not in ("code", "answer") and any(t.teacher.kind == "expert" for t in self.all_teachers):
+            raise ValueError(
+                f"the built-in expert knows the envs 'code' and 'answer', not {self.env.name!r}: choose another teacher"
+            )
         names = Counter(share.teacher.policy_name for share in self.all_teachers)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"two teachers are named {twice[0]!r}: give each a teacher.name of its own")

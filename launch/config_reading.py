@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from launch.config import CollectConfig, DistillConfig, JobConfig
+from launch.config import DIALECT_OF_ENV, CollectConfig, DistillConfig, JobConfig
 from learner.config import ConfigError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -47,6 +47,7 @@ def compose(overrides: Sequence[str] = (), *, name: str = "distill") -> dict[str
     if name == "collect":
         _refuse_what_is_not_collected(overrides)
     OmegaConf.register_new_resolver("local_folder", local_folder, replace=True)
+    OmegaConf.register_new_resolver("dialect_of", lambda env: DIALECT_OF_ENV.get(env, "code"), replace=True)
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             composed = hydra_compose(name, overrides=[each for text in overrides for each in _override(text)])

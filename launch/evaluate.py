@@ -58,6 +58,8 @@ def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
     settings = replace(
         config.episode,
         first_thought=False,
+        guide="none",
+        prompt="student",
         max_tokens=evaluate.max_tokens,
         early_exit=EarlyExit(unparsed_turns=evaluate.fruitless_steps),
         candidates=1,

@@ -29,7 +29,9 @@ def test_every_group_file_composes(group):
         "teacher=vllm": ["teacher.model=m/n"],
         "teacher=openai": ["teacher.model=m", "teacher.base_url=http://127.0.0.1:1/v1"],
         "student=hf": ["learner.model_path=m/n"],
-        "env=answer": ["episode.dialect=cot"],
+        "teacher=vllm_server": ["teacher.model=m", "teacher.base_url=http://127.0.0.1:1/v1"],
+        "env=tool": ["teacher=vllm", "teacher.model=m/n"],
+        "env=search": ["teacher=vllm", "teacher.model=m/n"],
         "tasks=files": ["tasks.train=[{path: a.jsonl, kind: k}]", "tasks.test=[{path: b.jsonl, kind: k}]"],
     }
     load_config([group, *needs.get(group, [])])
@@ -65,8 +67,8 @@ def test_paper_recipe_has_the_papers_values():
         (["learner.lr=-1"], "lr is -1.0; it must be above 0"),
         (["recipe=none_such"], "none_such"),
         (["teacher=openai"], "teacher.model: Missing mandatory value"),
-        (["teacher.kind=magic"], "policy kind 'magic' is unknown; there are expert, vllm, openai"),
-        (["env=answer"], "env.name 'answer' does not go with episode.dialect 'code'"),
+        (["teacher.kind=magic"], "policy kind 'magic' is unknown; there are expert, vllm, openai, vllm_server"),
+        (["env=answer", "episode.dialect=code"], "env.name 'answer' does not go with episode.dialect 'code'"),
         (["tasks=files"], "needs at least one file in both"),
         (["tasks.test_count=0"], "must be at least 1"),
         (["evaluate.kv_cache_mb=big"], "config evaluate.kv_cache_mb"),
