@@ -36,7 +36,7 @@ class ThreadedEnv:
     def __init__(self, env: Env) -> None:
         self._env = env
         self.can_preview = env.can_preview
-        self.can_preview_more = env.can_preview and hasattr(env, "preview_more")
+        self.can_preview_more = env.can_preview and callable(getattr(env, "preview_more", None))
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
         return await asyncio.to_thread(self._env.reset, task, seed)
