@@ -34,7 +34,7 @@ import pyarrow as pa
 from rollout import ledger_manifest, ledger_mark, ledger_shards
 from rollout.ledger_manifest import COMPACTED, FAILURES, MANIFESTS, SHARDS, ManifestError, Snapshot
 from rollout.ledger_shards import READ_ERRORS, LedgerError
-from rollout.records import from_table, to_table
+from rollout.records import SCHEMA, from_table, to_table
 from rollout.retries import Attempts, RetryRule, Settled, settle
 from rollout.storage import Storage, StorageError, open_storage
 from rollout.trajectory import FailureClass, Trajectory
@@ -182,8 +182,10 @@ class Ledger:
         """Every result once as Arrow tables of some hundred rows, without making trajectories of them: for statistics.
 
         `columns` names columns of `rollout.records.SCHEMA`, in the order in which they shall come; None: all.
+        Raises `ValueError` for one that there is not.
         """
-        wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
+        _check(columns)
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "key"]))
         seen: set[str] = set()
         for table in self._result_tables(wanted):
             keys = table.column("key").to_pylist()
@@ -201,7 +203,8 @@ class Ledger:
             yield from from_table(table)
 
     def scan_failures(self, columns: Sequence[str] | None = None) -> list[pa.Table]:
-        """Every recorded failure as Arrow tables."""
+        """Every recorded failure as Arrow tables; `columns` as in `scan`."""
+        _check(columns)
         return [
             table
             for tables in self._whole(FAILURES, lambda shard: list(ledger_shards.tables(self.storage, shard, columns)))
@@ -305,3 +308,9 @@ class Ledger:
         gone = isinstance(error, FileNotFoundError)
         if not gone or self.snapshot().manifest.generation == snapshot.manifest.generation:
             raise ledger_shards.damaged(self.storage, shard, error) from error
+
+
+def _check(columns: Sequence[str] | None) -> None:
+    for name in columns or ():
+        if name not in SCHEMA.names:
+            raise ValueError(f"trajectories have no column {name!r}; there are {', '.join(SCHEMA.names)}")

@@ -21,10 +21,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
@@ -35,6 +35,8 @@ from rollout.storage import Storage
 
 if TYPE_CHECKING:
     from rollout.ledger import Ledger
+
+T = TypeVar("T")
 
 TARGET_BYTES = 64 * 2**20
 """Uncompressed rows of one merged shard, about."""
@@ -128,11 +130,13 @@ class _Job:
             return []
         entries: list[ShardEntry] = []
         held: list[pa.Table] = []
+        held_bytes = 0
         for table in self._fresh(kind, sources):
             held.append(table)
-            if sum(each.nbytes for each in held) >= self._target_bytes:
+            held_bytes += table.nbytes
+            if held_bytes >= self._target_bytes:
                 entries.append(self._write(kind, held))
-                held = []
+                held, held_bytes = [], 0
         if held:
             entries.append(self._write(kind, held))
         return entries
@@ -153,7 +157,7 @@ class _Job:
                 if table.num_rows:
                     yield table
 
-    def _read(self, shard, read):
+    def _read(self, shard: str, read: Callable[[str], T]) -> T:
         try:
             return read(shard)
         except FileNotFoundError as error:

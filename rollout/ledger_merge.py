@@ -77,6 +77,7 @@ class _Batch:
     def __init__(self, target: LedgerWriter, *, failures: bool = False) -> None:
         self._target, self._failures = target, failures
         self._held: list[pa.Table] = []
+        self._held_bytes = 0
 
     def add(self, table: pa.Table, wanted: list[bool]) -> int:
         """Returns how many rows that were."""
@@ -84,7 +85,8 @@ class _Batch:
             table = table.filter(pa.array(wanted, pa.bool_()))
         if table.num_rows:
             self._held.append(table)
-        if sum(each.nbytes for each in self._held) >= BATCH_BYTES:
+            self._held_bytes += table.nbytes
+        if self._held_bytes >= BATCH_BYTES:
             self.flush()
         return table.num_rows
 
@@ -92,7 +94,7 @@ class _Batch:
         if self._held:
             rows = pa.concat_tables(self._held).combine_chunks()
             self._target.append_tables(**{"failures" if self._failures else "results": rows})
-            self._held = []
+            self._held, self._held_bytes = [], 0
 
 
 def _attempts(tables: Sequence[pa.Table]) -> list[tuple[str, str, float, float]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.records import SCHEMA, SCHEMA_VERSION, current, schema_version
+from rollout.records import SCHEMA_VERSION, current, schema_version
 from rollout.storage import Storage
 
 ROW_GROUP = 512
@@ -37,24 +37,18 @@ def encode(table: pa.Table) -> pa.Buffer:
 
 
 def tables(storage: Storage, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The shard's row groups, as `SCHEMA` has them now. `columns` names top-level columns, or fields in structs
-    ('task.kind'; they come as the struct with that field). Raises one of `READ_ERRORS`."""
-    with storage.open(shard) as file, pq.ParquetFile(file, pre_buffer=columns is None) as parquet:
+    """The shard's row groups with `SCHEMA`, or those `columns` of it in that order. Raises one of `READ_ERRORS`."""
+    with storage.open(shard) as file, pq.ParquetFile(file) as parquet:
         old = schema_version(parquet.schema_arrow) != SCHEMA_VERSION
-        wanted = list(columns) if columns is not None else None
-        if wanted is not None:
-            for name in wanted:
-                if name.split(".")[0] not in SCHEMA.names:
-                    raise KeyError(f"trajectories have no column {name!r}; there are {', '.join(SCHEMA.names)}")
-        # What an older version lacks is worked out from the whole rows.
-        lacking = old and (wanted is None or not {name.split(".")[0] for name in wanted} <= {"key", "failure"})
+        # What an older version lacks is worked out from its whole rows; steps are kept otherwise now.
+        known = set(parquet.schema_arrow.names) - {"steps"}
+        lacking = old and (columns is None or not known.issuperset(columns))
+        wanted = None if columns is None or lacking else list(columns)
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=None if lacking else wanted, use_threads=False)
+            table = parquet.read_row_group(group, columns=wanted, use_threads=False)
             if lacking:
                 table = current(table)
-                if wanted is not None:
-                    table = table.select(list(dict.fromkeys(name.split(".")[0] for name in wanted)))
-            yield table
+            yield table if columns is None else table.select(list(columns))
 
 
 def keys(storage: Storage, shard: str) -> list[str]:

@@ -30,6 +30,7 @@ from rollout.trajectory import (
     Step,
     StopReason,
     Trajectory,
+    Usage,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,22 @@ completions = st.builds(
     weights_version=texts,
     prompt_tokens=small,
     completion_tokens=small,
+    prompt_ids=optional_tuple(small),
+    prefix_by=st.sampled_from(["", "tokens", "continue", "message", "asked"]),
+    cost_usd=seconds,
+    cached=st.booleans(),
 )
+candidates = st.builds(
+    Candidate,
+    text=texts,
+    observation=texts,
+    kind=st.sampled_from(ObservationKind),
+    votes=small,
+    ran=st.booleans(),
+    token_ids=optional_tuple(small),
+    logprobs=optional_tuple(st.floats(width=32, allow_nan=False)),
+)
+usages = st.builds(Usage, requests=small, prompt_tokens=small, completion_tokens=small, cost_usd=seconds)
 steps = st.builds(
     Step,
     completion=completions,
@@ -75,10 +91,7 @@ steps = st.builds(
     action=st.none() | texts,
     observation=texts,
     observation_kind=st.sampled_from(ObservationKind),
-    candidates=st.lists(
-        st.builds(Candidate, text=texts, observation=texts, kind=st.sampled_from(ObservationKind), votes=small),
-        max_size=2,
-    ).map(tuple),
+    candidates=st.lists(candidates, max_size=2).map(tuple),
     chosen=small,
     tool_calls=small,
     policy_s=seconds,
@@ -100,10 +113,22 @@ trajectories = st.builds(
     prediction=st.none() | texts,
     stop_reason=st.sampled_from(StopReason),
     failure=st.none() | st.builds(Failure, failure_class=st.sampled_from(FailureClass), message=texts),
+    stop_detail=texts,
     first_thought=st.none() | texts,
+    shown_system_prompt=st.none() | texts,
+    user_prompt=st.none() | texts,
+    guide=st.none() | texts,
+    leaks=st.lists(texts, max_size=2).map(tuple),
+    usage=usages,
     started_at_s=seconds,
     duration_s=seconds,
 )
+
+
+def test_the_rows_that_are_tried_fill_every_field() -> None:
+    """So that a field that is added to a trajectory cannot be forgotten in the ledger."""
+    for strategy, of in ((trajectories, Trajectory), (steps, Step), (completions, Completion), (candidates, Candidate)):
+        assert set(strategy.wrapped_strategy.kwargs) == set(of.__dataclass_fields__)
 
 
 def trajectory(key: str, *, question: str = "What is 6 * 7?", failure: FailureClass | None = None) -> Trajectory:
@@ -133,13 +158,13 @@ def corrupt(path: Path) -> None:
 # -- records
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(trajectories, max_size=3))
 def test_rows_come_back_exactly(rows: list[Trajectory]) -> None:
     assert from_table(to_table(rows)) == rows
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(trajectories, min_size=1, max_size=3))
 def test_a_parquet_file_keeps_rows_and_schema(rows: list[Trajectory]) -> None:
     sink = pa.BufferOutputStream()
