@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import lru_cache
 
 from envs.base import Task
 from envs.pool import EnvHost, EnvSpec
@@ -19,8 +20,9 @@ CODE_POLICY, COT_POLICY = "expert-code", "expert-cot"
 """Names of the two in `expert_trajectories`. In words, the expert knows no facts: it solves arithmetic alone."""
 
 
-def expert_trajectories(count: int, *, seed: int = 0) -> tuple[list[Trajectory], list[Trajectory]]:
-    """`count` tasks of the starter world, solved in code and in words."""
+@lru_cache
+def expert_trajectories(count: int, *, seed: int = 0) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
+    """`count` tasks of the starter world, solved in code and in words; made once a process."""
     world = StarterWorld(seed=1)
     tasks = world.train_tasks(count, seed=seed)
     pages = Corpus(Passage(id=i, title=title, text=text) for i, title, text in world.passages())
@@ -29,7 +31,9 @@ def expert_trajectories(count: int, *, seed: int = 0) -> tuple[list[Trajectory],
     return coded, _run(tasks, EnvSpec(name="answer"), "cot", COT_POLICY, retriever)
 
 
-def _run(tasks: list[Task], spec: EnvSpec, dialect: str, policy: str, retriever: Bm25Retriever) -> list[Trajectory]:
+def _run(
+    tasks: list[Task], spec: EnvSpec, dialect: str, policy: str, retriever: Bm25Retriever
+) -> tuple[Trajectory, ...]:
     host = EnvHost(spec, lambda query, k: retriever.search([query], k)[0])
     settings = EpisodeSettings(dialect=dialect)
 
@@ -44,6 +48,6 @@ def _run(tasks: list[Task], spec: EnvSpec, dialect: str, policy: str, retriever:
         trajectories = asyncio.run(run())
     finally:
         host.close()
-    return [
+    return tuple(
         replace(each, policy=policy, key=settings.key(each.task, policy, each.sample_index)) for each in trajectories
-    ]
+    )

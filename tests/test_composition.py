@@ -16,7 +16,7 @@ from rollout.trajectory import Completion, Failure, FailureClass, SpanType, Step
 
 
 @pytest.fixture(scope="module")
-def expert() -> tuple[list[Trajectory], list[Trajectory]]:
+def expert() -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]:
     return expert_trajectories(12)
 
 
