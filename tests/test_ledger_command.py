@@ -19,7 +19,7 @@ from launch.ledger import main
 from launch.ledger_output import Fill
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.records import from_table
-from rollout.trajectory import Completion, Failure, FailureClass, StopReason, Trajectory, Usage
+from rollout.trajectory import Failure, FailureClass, StopReason, Trajectory, Usage
 
 COUNT = 12
 Expert = tuple[tuple[Trajectory, ...], tuple[Trajectory, ...]]
