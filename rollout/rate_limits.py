@@ -20,11 +20,13 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 _SLICE_S = 0.5
 """Longest nap: tokens that were given back shorten a wait."""
+_SHORTEST_S = 0.001
+"""A wait that rounding left over would move no clock."""
 _SPACING_S = 0.02
 """Between two calls that a pause held back."""
 _LONGEST_RAMP_S = 5.0
@@ -129,8 +131,14 @@ class _Bucket:
 class RateLimiter:
     """Lets calls go in the order in which they came. For one event loop."""
 
-    def __init__(self, limits: RateLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        limits: RateLimits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._clock, self._sleep = clock, sleep
         now_s = clock()
         self._requests = _Bucket(limits.requests_per_minute, now_s) if limits.requests_per_minute else None
         self._tokens = _Bucket(limits.tokens_per_minute, now_s) if limits.tokens_per_minute else None
@@ -141,7 +149,7 @@ class RateLimiter:
         """Wait until a request of at most `tokens` may go out; the caller limits the wait."""
         async with self._turn:
             while (wait_s := self._wait_s(tokens)) > 0:
-                await asyncio.sleep(min(wait_s, _SLICE_S))
+                await self._sleep(min(max(wait_s, _SHORTEST_S), _SLICE_S))
             self._last_s = self._clock()
             if self._requests:
                 self._requests.take(1)
