@@ -136,7 +136,8 @@ _OVERLAP_WORDS, _OVERLAP_PROSE = 10, 7
 come out alike without looking."""
 _WORD = re.compile(r"\w+")
 _COMMENT = re.compile(r"#(.*)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")  # "2018-2019" holds no -2019
+_FRACTION = re.compile(r"(?:(?<![\w.)\]])-)?\d+/\d+")
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _NAME = re.compile(r"\b[^\W\d_]\w{2,}")
 _SEEN_SHARE = 2 / 3
@@ -274,7 +275,7 @@ def _content_words(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> set[Fraction]:
-    found = (number(piece) for piece in _NUMBER.findall(text))
+    found = (number(piece) for pattern in (_NUMBER, _FRACTION) for piece in pattern.findall(text))
     return {value for value in found if value is not None}
 
 
