@@ -48,7 +48,7 @@ def run_merge(options: argparse.Namespace, output: Output) -> int:
     """All results of all ledgers, each key once; and every failed attempt once."""
     sources = Sources(options.ledgers)
     with staged(options.out, writer="merge") as folder:
-        report = merge(sources.names, folder)
+        report = merge(options.ledgers, folder)
     output.say(
         f"{report.results:,} results and {report.failures:,} failures of {len(sources.names)} ledgers are in "
         f"{options.out}; {report.repeated:,} results of a ledger were left out because an earlier one has their key"

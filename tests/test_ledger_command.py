@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,39 @@ def test_vote_compares_single_runs_with_the_majority(tmp_path, expert, capsys):
     assert "no result is of policy 'x'; there are expert-code" in refused(
         capsys, "vote", str(tmp_path / "ledger"), "--policy", "x"
     )
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3-compatible server on this machine."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+        store = fs.S3FileSystem(
+            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+        )
+        store.create_dir("runs")
+        yield "s3://runs"
+    finally:
+        server.stop()
+
+
+def test_ledgers_may_be_in_a_bucket(folder, bucket, capsys):
+    asked(capsys, "merge", folder, "--out", f"{bucket}/a/ledger")
+    data = asked(capsys, "filter", f"{bucket}/a/ledger", "--curation", "strict", "--out", f"{bucket}/kept")
+    assert data["kept"] == COUNT - 3 and by_key(f"{bucket}/kept").items() <= by_key(folder).items()
+    shown, local = asked(capsys, "show", f"{bucket}/a/ledger"), asked(capsys, "show", folder)
+    assert shown["total"] == local["total"] and shown["failures"] == local["failures"]
+    assert asked(capsys, "validate", f"{bucket}/a/ledger", f"{bucket}/kept")["ok"] is True
+    assert "exists and is not empty" in refused(capsys, "merge", folder, "--out", f"{bucket}/kept")
+    assert "no ledger" in refused(capsys, "show", f"{bucket}/nothing")
 
 
 def test_help_answers_without_the_heavy_imports():
