@@ -9,6 +9,7 @@ Example::
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def merge(sources: Sequence[Path | str], into: Path | str, *, writer: str = "mer
     for each in ledgers:
         if ledger_mark.version(each.storage) is None:
             raise LedgerError(f"there is no ledger at {each.storage.uri}")
-        if each.storage.uri == Ledger(into).storage.uri:
+        if _place(each.storage.uri) == _place(Ledger(into).storage.uri):
             raise LedgerError(f"{each.storage.uri} cannot be merged into itself; name another ledger")
     target = LedgerWriter(into, writer=writer)
     held = Ledger(into)
@@ -95,6 +96,10 @@ class _Batch:
             rows = pa.concat_tables(self._held).combine_chunks()
             self._target.append_tables(**{"failures" if self._failures else "results": rows})
             self._held, self._held_bytes = [], 0
+
+
+def _place(uri: str) -> str:
+    return uri if "://" in uri else os.path.realpath(uri)
 
 
 def _attempts(tables: Sequence[pa.Table]) -> list[tuple[str, str, float, float]]:
