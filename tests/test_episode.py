@@ -1,11 +1,12 @@
 """The episode loop: whose mistake is whose, first-thought prefix, self-consistent actions, limits."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from envs.answer_env import AnswerEnv
-from envs.base import EnvError, Observation, ObservationKind, StepResult, Task
+from envs.base import EnvError, Observation, ObservationKind, StepResult, Task, TaskError
 from envs.grading import grade
 from rollout.async_env import ThreadedEnv
 from rollout.dialects import CODE, COT
@@ -13,7 +14,8 @@ from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.policy import PolicyError, ScriptedPolicy
 from rollout.self_consistency import ballot, likelihoods, vote
-from rollout.trajectory import Completion, FailureClass, SpanType, StopReason
+from rollout.teacher_prompts import COT_TEACHER
+from rollout.trajectory import Completion, FailureClass, SpanType, StopReason, Usage, trajectory_key
 
 TASK = Task(id="t1", question="What is 6 times 7?", answer="42", kind="arithmetic")
 
@@ -94,6 +96,33 @@ def test_key_and_seed_depend_on_task_policy_and_settings_alone():
     assert run(in_order("say"), deadline_s=5.0).key == one.key
 
 
+def test_keys_of_before_later_knobs_were_there_stay():
+    before = {
+        "dialect": "code", "max_steps": 5, "max_tokens": 256, "temperature": 0.0, "top_p": 1.0, "candidates": 1,
+        "first_thought": False, "fruitless_steps": 2, "seed": 3,
+    }  # fmt: skip
+    key = trajectory_key(task_id="t1", policy="p", sample_index=1, settings=before)
+    settings = EpisodeSettings(seed=3, early_exit=EarlyExit(unparsed_turns=2), deadline_s=9.0, logprobs=False)
+    assert settings.key(TASK, "p", 1) == key
+
+
+def test_every_later_knob_changes_the_key():
+    knobs = [
+        {}, {"early_exit": EarlyExit(same_action=2)}, {"early_exit": EarlyExit(no_progress=2)}, {"guide": "solution"},
+        {"guide": "tutorial"}, {"prompt": "teacher"},
+    ]  # fmt: skip
+    assert len({EpisodeSettings(**knob).key(TASK, "p", 0) for knob in knobs}) == len(knobs)
+
+
+@pytest.mark.parametrize(
+    ("knob", "wrong"),
+    [({"guide": "hint"}, "guide 'hint' is unknown"), ({"prompt": "long"}, "prompt 'long' is unknown")],
+)
+def test_unknown_knobs_are_refused(knob, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        EpisodeSettings(**knob)
+
+
 def test_a_model_mistake_is_shown_to_the_model():
     trajectory = run(lambda messages, i: "no code here" if len(messages) == 2 else code("say"))
     assert trajectory.steps[0].observation_kind is ObservationKind.PARSE_ERROR
@@ -117,7 +146,7 @@ def test_policy_errors_are_classified(failure_class, stop):
         raise PolicyError("prompt too long", failure_class)
 
     trajectory = run(reply)
-    assert trajectory.stop_reason is stop
+    assert trajectory.stop_reason is stop and trajectory.stop_detail == "prompt too long"
     assert (trajectory.failure is not None) == (stop is StopReason.FAILED)
 
 
@@ -126,11 +155,44 @@ def test_fruitless_turns_in_a_row_end_it():
     rule = EarlyExit(unparsed_turns=2)
     trajectory = run(lambda messages, i: replies[sum(m.role == "assistant" for m in messages)], early_exit=rule)
     assert trajectory.stop_reason is StopReason.FRUITLESS and len(trajectory.steps) == 4
+    assert trajectory.stop_detail == "2 turns in a row without an action" and trajectory.truncated
+
+
+def test_an_exhausted_budget_ends_more_than_the_episode():
+    class NoMoney(PolicyError):
+        ends_collection = True
+
+    def reply(messages, i):
+        raise NoMoney("the cap of 3 USD is reached", FailureClass.LIMIT)
+
+    with pytest.raises(NoMoney):
+        run(reply)
+
+
+def test_a_task_that_cannot_be_used_is_an_input_failure():
+    class Refusing(CounterEnv):
+        def reset(self, task, seed):
+            raise TaskError("task 't1' has no board")
+
+    trajectory = run(in_order("say"), Refusing())
+    assert trajectory.failure.failure_class is FailureClass.INPUT
+    assert trajectory.stop_detail == trajectory.failure.message == "task 't1' has no board"
+
+
+def test_a_time_limit_that_is_not_the_episodes_is_a_failure():
+    class Impatient(ScriptedPolicy):
+        async def complete(self, messages, sampling, *, prefix=""):
+            raise TimeoutError("30 s")
+
+    trajectory = run(Impatient(lambda messages, i: ""))
+    assert trajectory.failure.failure_class is FailureClass.ENGINE
+    assert trajectory.failure.message == "a call timed out in step 1, waiting for the policy: 30 s"
 
 
 def test_max_steps_ends_it():
     trajectory = run(lambda messages, i: code("add 1"), max_steps=3)
     assert len(trajectory.steps) == 3 and trajectory.stop_reason is StopReason.MAX_STEPS and not trajectory.success
+    assert trajectory.stop_detail == "no final answer in max_steps=3" and trajectory.truncated
 
 
 def test_a_straggler_is_cut_off_at_its_deadline():
@@ -141,6 +203,113 @@ def test_a_straggler_is_cut_off_at_its_deadline():
 
     trajectory = run(Slow(lambda messages, i: ""), deadline_s=0.2)
     assert trajectory.stop_reason is StopReason.DEADLINE and trajectory.duration_s < 5
+    assert trajectory.stop_detail == "0.2 s had passed in step 1, waiting for the policy" and trajectory.truncated
+
+
+def test_an_env_that_hangs_is_cut_off_at_the_deadline_with_the_steps_so_far():
+    class Hanging(ThreadedEnv):
+        async def step(self, action):
+            if action == "say":
+                await asyncio.sleep(30)
+            return await super().step(action)
+
+    episode = run_episode(
+        TASK,
+        policy=ScriptedPolicy(in_order("add 1", "say")),
+        env=Hanging(CounterEnv()),
+        settings=EpisodeSettings(deadline_s=0.5),
+    )
+    trajectory = asyncio.run(episode)
+    assert trajectory.stop_reason is StopReason.DEADLINE and len(trajectory.steps) == 1
+    assert trajectory.stop_detail == "0.5 s had passed in step 2, waiting for the env"
+
+
+class PaidPolicy(ScriptedPolicy):
+    """Tells of tokens and money as an endpoint does: one prompt a request, and a price for each completion."""
+
+    async def complete(self, messages, sampling, *, prefix=""):
+        completions = await super().complete(messages, sampling, prefix=prefix)
+        return [
+            replace(each, prompt_tokens=100, completion_tokens=7, cost_usd=0.25, token_ids=(i,), logprobs=(-1.0 - i,))
+            for i, each in enumerate(completions)
+        ]
+
+
+def test_usage_counts_every_request_and_the_candidates_that_lost():
+    def reply(messages, i):
+        if messages[0].content == COT.system_prompt:
+            return "Multiply.\n\nAnswer: 42"
+        return "\nCode:\n```py\nadd 42\n```<end_code>" if len(messages) == 2 else code("say")
+
+    trajectory = run(PaidPolicy(reply), first_thought=True, candidates=3, temperature=0.5)
+    assert trajectory.success and len(trajectory.steps) == 2
+    assert trajectory.usage == Usage(requests=3, prompt_tokens=300, completion_tokens=49, cost_usd=7 * 0.25)
+    assert trajectory.completion_tokens == 14
+
+
+def test_losers_are_recorded_with_their_ids():
+    bodies = ["add 1", "add 42", "add 42"]
+    policy = PaidPolicy(lambda messages, i: code(bodies[i]) if len(messages) == 2 else code("say"))
+    step = run(policy, candidates=3, temperature=0.7).steps[0]
+    assert [(c.token_ids, c.logprobs) for c in step.candidates] == [((i,), (-1.0 - i,)) for i in range(3)]
+    assert (step.chosen, step.completion.token_ids, step.agreement) == (1, (1,), pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(("asked", "k", "told"), [(True, 1, True), (False, 1, False), (False, 2, True)])
+def test_logprobs_are_asked_for_where_they_are_wanted_or_decide(asked, k, told):
+    policy = ScriptedPolicy(lambda messages, i: code("say"))
+    run(policy, logprobs=asked, candidates=k, temperature=0.5)
+    assert policy.calls[0][1].logprobs is told
+
+
+def test_what_the_env_shows_first_is_the_question():
+    passages = AnswerEnv(grade=grade, context=lambda question: "[1] Six: Six times seven is forty-two.")
+    policy = ScriptedPolicy(lambda messages, i: "So it is 42.\nAnswer: 42")
+    trajectory = run(policy, passages, dialect="cot")
+    shown = f"Passages that may help:\n[1] Six: Six times seven is forty-two.\n\nQuestion: {TASK.question}"
+    assert trajectory.user_prompt == shown == trajectory.messages()[1].content == policy.calls[0][0][1].content
+    assert trajectory.success
+    assert run(policy, AnswerEnv(grade=grade), dialect="cot").user_prompt is None
+
+
+def test_passages_that_cannot_be_had_are_our_failure():
+    def context(question):
+        raise ConnectionError("retrieval is down")
+
+    trajectory = run(lambda messages, i: "Answer: 42", AnswerEnv(grade=grade, context=context), dialect="cot")
+    assert trajectory.failure.failure_class is FailureClass.ENVIRONMENT
+    assert "retrieval is down" in trajectory.failure.message
+
+
+def test_a_teacher_is_shown_its_own_prompt_with_the_tools_of_the_env():
+    class WithTools(CounterEnv):
+        def reset(self, task, seed):
+            schema = {"name": "dig", "description": "Dig.", "parameters": {"type": "object", "properties": {}}}
+            return super().reset(task, seed)[0], {"tools": [{"type": "function", "function": schema}]}
+
+    policy = ScriptedPolicy(in_order("add 42", "say"))
+    trajectory = run(policy, WithTools(), prompt="teacher", max_steps=4)
+    [system, *_] = policy.calls[0][0]
+    assert "- dig()\n    Dig." in system.content and "at most 4 of them" in system.content
+    assert trajectory.shown_system_prompt == system.content
+    assert list(policy.calls[1][0]) == trajectory.shown()[:-1]
+    assert trajectory.messages()[0].content == CODE.system_prompt and trajectory.trainable
+
+
+def test_a_first_thought_of_a_teacher_is_asked_for_with_its_own_words():
+    def reply(messages, i):
+        return "Multiply.\n\nAnswer: 42" if messages[0].content == COT_TEACHER else code("say")
+
+    policy = ScriptedPolicy(reply)
+    assert run(policy, prompt="teacher", first_thought=True).first_thought == "Multiply."
+
+
+def test_an_answer_without_a_thought_seeds_nothing():
+    policy = ScriptedPolicy(
+        lambda messages, i: "Answer: 42" if messages[0].content == COT.system_prompt else code("say")
+    )
+    trajectory = run(policy, first_thought=True)
+    assert trajectory.first_thought is None and [prefix for _, _, prefix in policy.calls] == ["", ""]
 
 
 def test_self_consistency_follows_the_majority_and_runs_nothing_twice():
