@@ -82,7 +82,8 @@ class Request:
     """What is sent, and what is known of it before."""
 
     path: str
-    body: Mapping[str, Any]
+    body: Callable[[], Mapping[str, Any]]
+    """Made when its turn has come, by what is known of the endpoint then."""
     identity: Mapping[str, Any]
     """What makes it the same request for the cache: all that changes the answer, whatever the body must leave out."""
     prompts: tuple[str, ...]
@@ -361,13 +362,13 @@ class EndpointClient:
 
     async def _posted(self, request: Request) -> dict[str, Any]:
         async with _within(self._settings.timeout_s):
-            text = await self._client.post(request.path, cast_to=str, body=dict(request.body))
+            text = await self._client.post(request.path, cast_to=str, body=dict(request.body()))
         return parse_json(text)
 
     async def _streamed(self, request: Request) -> dict[str, Any]:
         from openai import AsyncStream
 
-        body = {**request.body, "stream": True, "stream_options": {"include_usage": True}}
+        body = {**request.body(), "stream": True, "stream_options": {"include_usage": True}}
         parts = ChatStream()
         async with _within(self._settings.timeout_s):
             stream = await self._client.post(

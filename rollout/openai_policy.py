@@ -57,6 +57,7 @@ _PREFIX_BY: dict[str, PrefixBy] = {"continue": "continue", "message": "message",
 _MAX_STOPS = 4
 """What the API allows, and vLLM's server too."""
 _DROPPABLE = ("logprobs", "seed", "stop", "temperature", "top_p", "n")
+_ASKED = "\n\nBegin your answer exactly with: "
 _OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 _TOKENS_OF_A_MESSAGE = 16
 """At most, for the template's own text around one."""
@@ -214,15 +215,20 @@ class OpenAIPolicy:
         if sampling.seed is None and sampling.temperature > 0:
             # Nothing else tells two samples apart.
             occurrence = self._client.occurrence(self._identity(messages, sampling, prefix, n, index))
+        sent: dict[str, Any] = {}
+
+        def body() -> dict[str, Any]:
+            nonlocal sent
+            sent = self._body(messages, sampling, prefix, n, index)
+            return sent
+
         while True:
-            identity = {**self._identity(messages, sampling, prefix, n, index), "occurrence": occurrence}
-            body = self._body(messages, sampling, prefix, n, index)
             request = Request(
                 path="/chat/completions",
                 body=body,
-                identity=identity,
+                identity={**self._identity(messages, sampling, prefix, n, index), "occurrence": occurrence},
                 prompts=(*(message.content for message in messages), prefix),
-                most_prompt_tokens=_most_tokens(body["messages"]),
+                most_prompt_tokens=_most_tokens(messages, prefix),
                 most_completion_tokens=sampling.max_tokens * n,
                 stream=self._stream,
             )
@@ -230,7 +236,7 @@ class OpenAIPolicy:
                 return await self._client.ask(request, read_chat, limit)
             except RequestRefused as error:
                 refused = error
-            if not self._adapt(refused, body):
+            if not self._adapt(refused, sent):
                 raise refused
             if "n" in self._left_out and n > 1:
                 raise refused  # for `_first`, which then asks for one
@@ -262,7 +268,7 @@ class OpenAIPolicy:
         if prefix and self._prefill == "continue":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         if prefix and self._prefill == "none":
-            chat[-1] = {**chat[-1], "content": f"{chat[-1]['content']}\n\nBegin your answer exactly with: {prefix}"}
+            chat[-1] = {**chat[-1], "content": chat[-1]["content"] + _ASKED + prefix}
         optional: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if n > 1:
             optional["n"] = n
@@ -398,9 +404,10 @@ def _names(refused: RequestRefused, field: str) -> bool:
     return re.search(pattern, refused.reason, re.IGNORECASE) is not None
 
 
-def _most_tokens(chat: Sequence[Mapping[str, str]]) -> int:
+def _most_tokens(messages: Sequence[Message], prefix: str) -> int:
     """No tokenizer makes more tokens of a text than it has bytes."""
-    return sum(len(message["content"].encode()) + _TOKENS_OF_A_MESSAGE for message in chat) + _TOKENS_OF_A_MESSAGE
+    texts = [message.content for message in messages] + [prefix, _ASKED]
+    return sum(len(text.encode()) + _TOKENS_OF_A_MESSAGE for text in texts)
 
 
 def _spread(seed: int, index: int) -> int:

@@ -119,7 +119,7 @@ class VllmServerPolicy:
             body = self._body(prompt_ids, sampling, wanted, room)
             request = Request(
                 path="/completions",
-                body=body,
+                body=lambda: body,
                 identity=self._identity(body, sampling),
                 prompts=prompts,
                 most_prompt_tokens=len(prompt_ids),
