@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options, Output(as_json=options.json))
     except KeyboardInterrupt:
-        print("interrupted; nothing was made", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has had enough
         sys.stderr.close()

@@ -151,7 +151,8 @@ def _read(file: str, options: argparse.Namespace) -> Iterator[Any]:
             answers=options.answers,
         )
     except InterchangeError as error:
-        raise UsageError(str(error)) from None
+        problem, about, _ = str(error).partition("\nFormats: ")
+        raise UsageError(f"{problem.rstrip('.')}; formats are {', '.join(FORMATS)}" if about else problem) from None
 
 
 def _show_import(data: dict[str, Any], output: Output) -> None:

@@ -1,6 +1,6 @@
 """`launch.ledger regrade`: the recorded predictions graded again, into a new ledger. Nothing is generated.
 
-With `--grader` another way of grading, with `--tasks` other reference answers (by task id, else by question). Where a
+With `--grader` another way of grading, with `--tasks` other reference answers (by question and task id). Where a
 trajectory gave no answer, its reward stays 0.
 """
 
@@ -15,9 +15,10 @@ from itertools import islice
 from typing import Any
 
 from envs.base import Task
-from envs.grading import GRADERS, grade, normalise
+from envs.grading import GRADERS, grade
 from launch.ledger_output import Output, new_ledger
 from launch.ledger_sources import Sources, UsageError
+from rollout.curation_sets import same_question
 from rollout.trajectory import Trajectory
 
 _AT_A_TIME = 512
@@ -27,7 +28,7 @@ _MATH_PROCESSES = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the new ledger")
     parser.add_argument("--grader", help=f"one of {', '.join(GRADERS)} (default: each task's own)")
-    parser.add_argument("--tasks", help="task file with other reference answers, by id or question")
+    parser.add_argument("--tasks", help="task file with other reference answers, found by question or id")
     parser.add_argument("--judge-model", help="the model of grader 'judge'")
     parser.add_argument("--judge-url", help="its endpoint (default: OpenAI's own)")
     parser.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable with its key (default %(default)s)")
@@ -83,7 +84,7 @@ class _Answers:
         self._by_question: dict[str, Task] = {}
         for task in tasks:
             self._by_id[task.id] = task
-            self._by_question.setdefault(normalise(task.question), task)
+            self._by_question.setdefault(same_question(task.question), task)
 
     @classmethod
     def load(cls, path: str) -> _Answers:
@@ -92,7 +93,12 @@ class _Answers:
         return cls(load_tasks(path))
 
     def of(self, task: Task) -> Task | None:
-        return self._by_id.get(task.id) or self._by_question.get(normalise(task.question))
+        """By id where the question is the same too, else by question, else by id."""
+        question = same_question(task.question)
+        named = self._by_id.get(task.id)
+        if named is not None and same_question(named.question) == question:
+            return named
+        return self._by_question.get(question, named)
 
 
 def _graded(

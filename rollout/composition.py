@@ -178,8 +178,8 @@ def _check(first: Trajectory, second: Trajectory) -> None:
 def _steps(first: Trajectory, second: Trajectory) -> tuple[Step, ...]:
     """The first's steps without its answer, then the second's, the transition in the second's first turn."""
     attempt = first.steps[:-1] if _answered(first) else first.steps
-    lead = f"{_reasoning(first.steps[-1])}\n\n" if _answered(first) else ""
-    lead += _transition(first, second)
+    thought = _reasoning(first.steps[-1]) if _answered(first) else ""
+    lead = f"{thought}\n\n{_transition(first, second)}".lstrip()
     if first.dialect == "code" and second.dialect == "cot":
         opening = _answer_in_code(first.steps[-1], lead, second)
     elif second.dialect == "code":
@@ -200,7 +200,7 @@ def _answer_in_code(last: Step, lead: str, reasoned: Trajectory) -> Step:
     prediction = reasoned.prediction or ""
     code = f"final_answer({json.dumps(prediction, ensure_ascii=False)})"
     before, after = _fence(last)
-    thought = f"{lead}\n\n{_reasoning(reasoned.steps[-1])}"
+    thought = f"{lead}\n\n{_reasoning(reasoned.steps[-1])}".rstrip()
     step = reasoned.steps[-1]
     return _reparsed(step, "code", f"Thought: {thought}{before}{code}{after}", code)
 

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from envs.grading import normalise
 from rollout.curation_filters import agreement, conversation_tokens
 from rollout.trajectory import Trajectory
 
@@ -68,14 +67,15 @@ class Deduplicate:
     name: ClassVar[str] = "deduplicate"
     needs_rates: ClassVar[bool] = False
     by: Literal["question", "actions", "both"] = "both"
-    """What is the same: the normalised question; all actions, as code without its comments and spacing; or both."""
+    """What is the same: the question, whatever its case and spacing; all actions, as code without its comments and
+    spacing; or both."""
     keep: Keep = "fewest_tokens"
     seed: int = 0
 
     def feature(self, trajectory: Trajectory) -> tuple[Any, bytes]:
         parts = []
         if self.by in ("question", "both"):
-            parts.append(normalise(trajectory.task.question) or trajectory.task.question)
+            parts.append(same_question(trajectory.task.question))
         if self.by in ("actions", "both"):
             parts += [_normal_action(trajectory.dialect, step.action) for step in trajectory.steps]
         group = hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).digest()[:16]
@@ -149,6 +149,11 @@ class Balance:
 
 
 SET_FILTERS: tuple[type[SetFilter], ...] = (Deduplicate, PerTask, Balance)
+
+
+def same_question(question: str) -> str:
+    """What is equal for questions that differ in case and spacing alone; signs count, they may be operators."""
+    return " ".join(question.split()).casefold()
 
 
 def _best(rows: Iterable[tuple[str, Any, Any]], at_most: int) -> set[str]:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 from expert_samples import CODE_POLICY, COT_POLICY, expert_trajectories
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from learner_samples import TOKENIZER
 
 from envs.base import ObservationKind, Task
@@ -166,6 +168,49 @@ def test_it_is_named_by_both_and_always_the_same():
     assert made == composed(first, second) and made.policy == "cot-teacher+code-teacher"
     assert len({made.key, first.key, second.key, composed(coded("41"), said()).key}) == 4
     assert made.usage == first.usage + second.usage and made.first_thought is None
+
+
+pieces = st.sampled_from(
+    [
+        "Thought:",
+        "Code:",
+        "Answer:",
+        "```",
+        "```py\n",
+        "\n```",
+        "<end_code>",
+        "final_answer(1)",
+        "\n",
+        " ",
+        "{it}",
+        "words",
+    ]
+)
+prose = st.lists(pieces | st.text(max_size=6), max_size=8).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(prose, prose, st.sampled_from(["cot", "code"]), st.sampled_from(["cot", "code"]))
+def test_whatever_the_words_a_composition_parses_or_is_refused(one, other, first, second):
+    make = {"cot": lambda words, answer: said(answer, words), "code": lambda words, answer: coded(answer, words)}
+    attempt, solution = make[first](one, "41"), make[second](other, "42")
+    made = compose(attempt, solution)
+    if isinstance(made, Refused):
+        assert made.reason in (RefusalReason.PARSES_OTHERWISE, RefusalReason.PARSE_ERROR)
+        return
+    for step in made.steps:
+        turn = DIALECTS[made.dialect].parse(step.completion.text)
+        assert turn.action == step.action and turn.spans == step.spans
+    wanted = 'final_answer("42")' if (first, second) == ("code", "cot") else solution.steps[-1].action
+    assert made.steps[-1].action == wanted and made.success
+
+
+def test_bare_answers_leave_no_blank_thought(maker):
+    for first, second in ((said("41", ""), coded()), (coded("41", ""), said(words=""))):
+        made = composed(first, second)
+        check(made, maker)
+        assert not any(step.completion.text.startswith("Thought: \n") for step in made.steps)
+        assert "\n\n\n" not in made.steps[-1].completion.text
 
 
 OTHER = replace(TASK, id="u")

@@ -178,6 +178,15 @@ def test_actions_are_the_same_whatever_their_comments_and_spacing():
     assert kept([{"name": "deduplicate", "by": "actions"}], rows) == [plain.key, other.key]
 
 
+def test_questions_are_the_same_whatever_their_case_but_not_their_signs():
+    def ask(i: int, question: str) -> Trajectory:
+        row = made(i=i)
+        return replace(row, task=replace(row.task, question=question))
+
+    rows = [ask(0, "What is 3 + 4?"), ask(1, "what is  3 + 4?"), ask(2, "What is 3 - 4?"), ask(3, "What is 34?")]
+    assert kept([{"name": "deduplicate", "by": "question"}], rows) == [rows[i].key for i in (0, 2, 3)]
+
+
 def test_no_task_has_more_than_its_share():
     rows = [made(*[step()] * n, ANSWER, i=i, sample=n) for i in range(3) for n in range(4)]
     assert kept([{"name": "per_task", "at_most": 2, "keep": "fewest_steps"}], rows) == [
