@@ -53,7 +53,9 @@ def read(record: Any, options: ReadOptions) -> RecordedRun:
     asked = row.get("question")
     question = asked if isinstance(asked, str) and asked.strip() else _REFERENCE.sub("", told.user).strip()
     reference = _REFERENCE.search(told.user)
-    guide = told.user.removeprefix(question).strip() or None
+    user_prompt, guide = None, told.user.removeprefix(question).strip() or None
+    if not told.user.startswith(question):
+        user_prompt, guide = _REFERENCE.sub("", told.user).strip(), reference and reference[1].strip()
     prediction = answer_text(row.get("generated_answer"))
     if prediction is None:
         prediction = answer_text(metadata.get("final_answer"))
@@ -70,6 +72,7 @@ def read(record: Any, options: ReadOptions) -> RecordedRun:
         success=verdict(row.get("score")),
         stop_reason=StopReason.MAX_STEPS if _out_of_steps(told, metadata) else StopReason.FINAL,
         shown_system_prompt=told.system or None,
+        user_prompt=user_prompt,
         guide=guide,
         leaks=_leaks(told) if reference else (),
         usage=_usage(row, metadata, len(told.turns)),

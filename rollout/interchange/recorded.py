@@ -24,6 +24,7 @@ from typing import Any, Literal
 from envs.base import ObservationKind, Task
 from envs.grading import GRADERS, number
 from rollout.dialects import DIALECTS
+from rollout.interchange.rewording import syntax_nodes
 from rollout.trajectory import Completion, Step, StopReason, Trajectory, Usage, trajectory_key
 
 AsDialect = Literal["code", "search"]
@@ -156,9 +157,10 @@ class Importer:
         try:
             return Imported(row=row, trajectory=self._trajectory(read(record, self._options), row))
         except RowError as error:
-            return Refused(row=row, reason=error.reason, detail=error.detail)
+            return Refused(row=row, reason=error.reason, detail=" ".join(error.detail.split()))
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-            return Refused(row=row, reason="malformed", detail=f"{type(error).__name__}: {error}"[:200])
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            return Refused(row=row, reason="malformed", detail=told[:200])
 
     def _trajectory(self, run: RecordedRun, row: int) -> Trajectory:
         if not run.question.strip():
@@ -259,6 +261,8 @@ def _outcome(run: RecordedRun, finished: bool, *, assume: bool) -> tuple[bool, s
     grader = run.grader or ("numeric" if number(run.answer) is not None else "exact")
     if run.success is not None:
         return run.success and finished, "recorded", grader
+    if run.prediction is None and not finished:
+        return False, "graded", grader  # it never came to an answer
     if run.answer.strip() and run.prediction is not None:
         # Never by a grader that needs a process or an endpoint: those regrade the ledger later.
         quick = grader if grader in ("exact", "f1", "numeric") else "numeric"
@@ -286,13 +290,9 @@ def calls_in(action: str | None, run: RecordedRun) -> int:
         return sum(isinstance(call, dict) and call.get("name") != "final_answer" for call in calls)
     if run.dialect != "code":
         return 0
-    try:
-        tree = ast.parse(action)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return 0
     return sum(
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in run.tool_names
-        for node in ast.walk(tree)
+        for node in syntax_nodes(action)
     )
 
 

@@ -11,9 +11,11 @@ Example::
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,18 +120,21 @@ def tool_response(text: str) -> str:
     return f"<tool_response>\n{text}\n</tool_response>"
 
 
+def syntax_nodes(code: str) -> Iterator[ast.AST]:
+    """Every node of a program's syntax tree; none when it is no program."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of "\\(" in a string: the author's, not ours
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return iter(())
+    return ast.walk(tree)
+
+
 def final_answer_of(action: str | None) -> str | None:
     """The text that code hands to `final_answer` as a literal, the last such call; None when there is none."""
-    import ast
-
-    if action is None:
-        return None
-    try:
-        tree = ast.parse(action)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
     found = None
-    for node in ast.walk(tree):
+    for node in syntax_nodes(action or ""):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == FINAL:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             if len(given) == 1:

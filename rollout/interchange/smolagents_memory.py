@@ -12,6 +12,7 @@ Example::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,11 @@ _ERRORS = {
     ObservationKind.CODE_ERROR: "AgentExecutionError",
     ObservationKind.LIMIT: "AgentExecutionError",
 }
+
+
+_SAYS_SO = re.compile(r"\w*(?:Error|Exception)\b|Limit \(|Traceback|Execution logs:")
+"""What needs no heading to be told as an error."""
+_TOLD = re.compile(r"^(?=Error:|Limit \()", re.MULTILINE)
 
 
 def matches(record: Any) -> bool:
@@ -118,13 +124,17 @@ def _kind(step: Mapping[str, Any]) -> ObservationKind:
     name, message = _error(step)
     if not name:
         return ObservationKind.OK
-    return ObservationKind.PARSE_ERROR if "Parsing" in name else ObservationKind.CODE_ERROR
+    if "Parsing" in name:
+        return ObservationKind.PARSE_ERROR
+    return ObservationKind.LIMIT if message.startswith("Limit (") else ObservationKind.CODE_ERROR
 
 
 def _seen(step: Mapping[str, Any]) -> str:
     observed, (name, message) = step.get("observations"), _error(step)
     pieces = [observed] if isinstance(observed, str) else []
-    return "\n".join([*pieces, *([f"Error:\n{message}"] if name else [])])
+    if name:
+        pieces.append(message if _SAYS_SO.match(message) else f"Error:\n{message}")
+    return "\n".join(pieces)
 
 
 def _code(step: Mapping[str, Any]) -> Turn:
@@ -189,18 +199,26 @@ def _action_step(number: int, step: Step, trajectory: Trajectory) -> dict[str, A
     code = trajectory.dialect == "code"
     final = step.observation_kind is ObservationKind.FINAL
     seen = step.observation if final or not code else step.observation.removeprefix(CODE.observation(""))
-    failed = _ERRORS.get(step.observation_kind)
+    failed, message = _ERRORS.get(step.observation_kind), ""
+    told = _TOLD.search(seen)
+    if failed and not told and not _SAYS_SO.match(seen) and CODE.parse(step.completion.text).action is None:
+        failed = None  # an imported turn in another's words, which whoever reads this again cannot read either
+    if failed:
+        printed = seen[: told.start()].removesuffix("\n") if told and told.start() else None
+        seen, message = printed, seen[told.start() :] if told else seen
+        bare = message.removeprefix("Error:\n")  # smolagents puts that heading there itself
+        message = message if _SAYS_SO.match(bare) else bare
     call = {"id": f"call_{number}", "type": "function", "function": {"name": INTERPRETER, "arguments": step.action}}
     return {
         "step_number": number,
         "timing": {"start_time": 0.0, "end_time": step.policy_s + step.env_s, "duration": step.policy_s + step.env_s},
         "model_input_messages": None,
         "tool_calls": [call] if step.action is not None else [],
-        "error": {"type": failed, "message": seen.removeprefix("Error:\n")} if failed else None,
+        "error": {"type": failed, "message": message} if failed else None,
         "model_output_message": None,
         "model_output": step.completion.text,
         "code_action": step.action,
-        "observations": None if failed else seen,
+        "observations": seen,
         "observations_images": None,
         "action_output": trajectory.prediction if final else None,
         "token_usage": {
@@ -240,7 +258,8 @@ def agent_memory(run: Mapping[str, Any]) -> AgentMemory:
                 tool_calls=[
                     ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
                     for call in step.get("tool_calls") or []
-                ],
+                ]
+                or None,
                 error=errors.get(error["type"], AgentError)(error["message"], quiet) if error else None,
                 model_output=step.get("model_output"),
                 code_action=step.get("code_action"),

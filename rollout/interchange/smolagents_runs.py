@@ -37,6 +37,7 @@ def read(record: Any, options: ReadOptions) -> RecordedRun:
         turns=told.turns,
         dialect=told.dialect,
         answer=(answer_text(row.get("true_answer")) or "").strip(),
+        grader="math" if source == "math" else "",
         kind=_KINDS.get(source, source or "smolagents"),
         policy=str(row.get("model_id") or ""),
         prediction=answer,
