@@ -1,4 +1,4 @@
-"""The rollout numbers: the engine-bound fraction, orchestration, k=8.
+"""The rollout numbers: the engine-bound fraction, orchestration, k=8, trajectories/s beside smolagents.
 
 python benchmarks/rollout.py --student runs/starter-seed0/learner/student
 python benchmarks/rollout.py --only engine --repeats 1 --tasks 200     # one part, quickly
@@ -25,7 +25,7 @@ from benchmarks.rollout_world import BASE_STUDENT, stage
 from benchmarks.scoreboard import Row
 from rollout.vllm_policy import EngineKind
 
-PARTS = ("engine", "k8", "orchestration")
+PARTS = ("engine", "k8", "smolagents", "orchestration")
 
 
 def measure(options: Any, parts: Sequence[str]) -> Iterator[Row]:
@@ -33,7 +33,13 @@ def measure(options: Any, parts: Sequence[str]) -> Iterator[Row]:
         from benchmarks import rollout_orchestration
 
         yield from rollout_orchestration.rows(repeats=options.repeats)
-    with stage(options.student, concurrency=options.concurrency, tasks=options.tasks, engine=options.engine) as ready:
+    with stage(
+        options.student,
+        concurrency=options.concurrency,
+        slots=max(options.concurrency, options.peer_concurrency, 64),
+        tasks=max(options.tasks, options.peer_tasks),
+        engine=options.engine,
+    ) as ready:
         if "engine" in parts:
             from benchmarks import rollout_engine
 
@@ -51,6 +57,16 @@ def measure(options: Any, parts: Sequence[str]) -> Iterator[Row]:
 
             tasks = max(128, options.tasks // 2)
             yield from rollout_candidates.rows(ready, candidates=8, tasks=tasks, slots=32, repeats=options.repeats)
+        if "smolagents" in parts:
+            from benchmarks import rollout_smolagents
+
+            yield from rollout_smolagents.rows(
+                ready,
+                options.student,
+                tasks=options.peer_tasks,
+                slots=options.peer_concurrency,
+                repeats=options.repeats,
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"comma-separated parts of: {', '.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the medians are printed")
     parser.add_argument("--tasks", type=int, default=400, help="episodes of a run")
+    parser.add_argument("--peer-tasks", type=int, default=384, help="tasks for smolagents and for us beside it")
+    parser.add_argument("--peer-concurrency", type=int, default=192, help="our episodes in flight beside smolagents")
     parser.add_argument("--concurrency", type=int, default=64, help="episodes in flight")
     parser.add_argument("--engine", choices=get_args(EngineKind), default="auto", help="where vLLM runs")
     parser.add_argument(

@@ -1,14 +1,15 @@
 """Engine-bound fraction: generated tokens/s of agent rollouts over those of vLLM with the same prompts and lengths.
 
 Agent episodes run as in a collection: real `CodeEnv`s on Ray env hosts, retrieval, a ledger on disk. Every request of
-theirs is recorded, then sent again through the same engine in the same order, as many at a time as there were episodes,
-each candidate made exactly as long as it was; nothing waits for a tool then. Prefix caching is on for both and
-forgotten before each.
+theirs is recorded, then sent again through the same engine in the same order, as many at a time as there were episodes;
+nothing waits for a tool then. A single completion is made exactly as long as it was. A request for k candidates of
+unequal lengths is sent again as it was, with its seed and stop strings: the same tokens but for the rounding that other
+batches bring; how many more or fewer is printed. Prefix caching is on for both and forgotten before each.
 
 Both rates are of a steady state: tokens of requests that ended between the end of the first tenth of requests and the
 moment when the last episode (the last request) started, from when fewer are in flight than there are slots. The whole
-runs' ratio, ramps included, is printed beside. "Bare" is the raw replay without what agents need of a request: no
-log-probabilities, no text; it is measured in the first turn alone.
+runs' ratio, ramps included, is printed beside. "Bare", for single completions, is the raw run without what agents need
+of a request: no log-probabilities, no text; it is measured in the first turn alone.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Rate:
     """Generated tokens/s between the ramps."""
     whole: float
     """Generated tokens/s of all of it."""
+    tokens: int
     engine: StepClock
     wall_s: float
 
@@ -82,34 +84,28 @@ def rate(requests: Sequence[EngineRequest], full_until_s: float, wall_s: float, 
         raise ValueError(f"{len(requests)} requests are too few for a steady state: give more --tasks")
     within = sum(request.tokens for request in ended if full_from_s < request.finished_s <= full_until_s)
     total = sum(request.tokens for request in ended)
-    return Rate(steady=within / (full_until_s - full_from_s), whole=total / wall_s, engine=engine, wall_s=wall_s)
+    return Rate(
+        steady=within / (full_until_s - full_from_s), whole=total / wall_s, tokens=total, engine=engine, wall_s=wall_s
+    )
 
 
 async def replay(engine: Any, requests: Sequence[EngineRequest], in_flight: int, *, bare: bool) -> None:
-    """All of `requests` in their order, `in_flight` of them at any time; candidates of unequal lengths are requests of
-    their own, as they are inside vLLM."""
+    """All of `requests` in their order, `in_flight` of them at any time."""
     waiting = iter(enumerate(requests))
 
     async def slot() -> None:
         for number, request in waiting:
-            await asyncio.gather(
-                *(
-                    engine.generate(f"raw{number}.{i}", request.prompt_ids, _fixed(request, i, length, bare))
-                    for i, length in enumerate(request.lengths)
-                )
-            )
+            await engine.generate(f"raw{number}", request.prompt_ids, _again(request, bare))
 
     await asyncio.gather(*(slot() for _ in range(in_flight)))
 
 
-def _fixed(request: EngineRequest, index: int, length: int, bare: bool) -> Mapping[str, Any]:
-    parameters = dict(request.parameters)
-    seed = parameters.get("seed")
-    parameters |= {
-        "n": 1, "max_tokens": length, "ignore_eos": True, "stop": None, "stop_token_ids": None,
-        "seed": None if seed is None else seed + index,
-    }  # fmt: skip
-    return parameters | {"logprobs": None, "detokenize": False} if bare else parameters
+def _again(request: EngineRequest, bare: bool) -> Mapping[str, Any]:
+    if len(request.lengths) != 1:
+        return request.parameters
+    fixed = {"max_tokens": request.tokens, "ignore_eos": True, "stop": None, "stop_token_ids": None}
+    without = {"logprobs": None, "flat_logprobs": False, "detokenize": False} if bare else {}
+    return {**request.parameters, **fixed, **without}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +141,9 @@ def _raw(stage: Stage, clock: StepClock, requests: Sequence[EngineRequest], slot
     stage.run(replay(stage.engine, requests, slots, bare=bare))
     wall_s = time.monotonic() - started
     again = stage.engine.requests
-    asked = sum(request.tokens for request in requests)
-    if sum(request.tokens for request in again) != asked:
-        raise RuntimeError(f"the raw run generated {sum(r.tokens for r in again)} tokens, the agents {asked}")
+    asked, generated = (sum(request.tokens for request in side) for side in (requests, again))
+    if generated != asked and all(len(request.lengths) == 1 for request in requests):
+        raise RuntimeError(f"the raw run generated {generated} tokens, the agents {asked}")
     last_start_s = max(request.submitted_s for request in again)
     return rate(again, last_start_s, wall_s, clock.since(clock_before))
 
@@ -164,7 +160,7 @@ def rows(stage: Stage, *, candidates: int, tasks: int, slots: int, repeats: int)
     stage.collect(chosen[:slots], settings, slots)  # warms the engine, the envs and the ledger's imports up
     pairs: list[Pair] = []
     for repeat in range(repeats):
-        pairs.append(pair := measure_pair(stage, clock, chosen, settings, slots, bare=repeat == 0))
+        pairs.append(pair := measure_pair(stage, clock, chosen, settings, slots, bare=candidates == 1 and repeat == 0))
         print(
             f"{group} {repeat + 1}/{repeats}: agents {pair.agents.steady:.0f} tokens/s, "
             f"raw {pair.raw.steady:.0f}; {pair.steps} steps in {pair.agents.wall_s:.0f} s",
@@ -173,16 +169,21 @@ def rows(stage: Stage, *, candidates: int, tasks: int, slots: int, repeats: int)
     goal = GOALS[candidates]
     fraction = statistics.median(pair.agents.steady / pair.raw.steady for pair in pairs)
     whole = statistics.median(pair.agents.whole / pair.raw.whole for pair in pairs)
-    bare = statistics.median(pair.agents.steady / pair.bare.steady for pair in pairs if pair.bare is not None)
+    tokens = statistics.median(pair.raw.tokens / pair.agents.tokens for pair in pairs)
     ours = statistics.median(pair.agents.steady for pair in pairs)
     raw = statistics.median(pair.raw.steady for pair in pairs)
-    beside = f"{ours:.0f} of {raw:.0f} tokens/s"
+    beside = f"{ours:.0f} of {raw:.0f} tokens/s" + (f", raw made {tokens:.3f} times as many" if candidates > 1 else "")
     yield Row(
         what="engine-bound fraction", measured=fraction, goal=f">= {goal:.2f}", kept=fraction >= goal, beside=beside,
         group=group,
     )  # fmt: skip
     yield Row(what="the same, ramps included", measured=whole, group=group)
-    yield Row(what="the same over bare requests", measured=bare, beside="no logprobs, no text; once", group=group)
+    for pair in pairs:
+        if pair.bare is not None:
+            bare = pair.agents.steady / pair.bare.steady
+            yield Row(
+                what="the same over bare requests", measured=bare, beside="no logprobs, no text; once", group=group
+            )
     success = statistics.median(pair.success for pair in pairs)
     yield Row(what="success of the episodes", measured=100 * success, unit="%", group=group)
     yield from _where(pairs, group)

@@ -5,8 +5,8 @@
 
 Example::
 
-    with stage(student, concurrency=64) as ready:
-        collected = ready.collect(ready.tasks[:200], ready.settings(temperature=0.7))
+    with stage(student, concurrency=64, slots=64, tasks=200, engine="auto") as ready:
+        collected = ready.collect(ready.tasks, ready.settings(temperature=0.7), 64)
         print(collected.steps / collected.wall_s)
 """
 
@@ -172,9 +172,15 @@ class Stage:
     """Everything that runs, ready to be used again and again."""
 
     def __init__(
-        self, config: DistillConfig, world: World, hosts: list[Any], can_preview: bool, policy: VllmPolicy
+        self,
+        config: DistillConfig,
+        world: World,
+        search: NamedSearch,
+        hosts: list[Any],
+        can_preview: bool,
+        policy: VllmPolicy,
     ) -> None:
-        self.config, self.world, self.tasks, self.policy = config, world, world.train, policy
+        self.config, self.tasks, self.search, self.policy = config, world.train, search, policy
         self._hosts, self._can_preview = hosts, can_preview
         self.engine = RecordingEngine(policy._engine)
         policy._engine = self.engine
@@ -221,8 +227,8 @@ class Stage:
 
 
 @contextmanager
-def stage(student: Path, *, concurrency: int, tasks: int, engine: EngineKind) -> Iterator[Stage]:
-    """Ray, retrieval, env hosts and the engine; everything ends with the block."""
+def stage(student: Path, *, concurrency: int, slots: int, tasks: int, engine: EngineKind) -> Iterator[Stage]:
+    """Ray, retrieval, `slots` env slots, the engine as for `concurrency` episodes; everything ends with the block."""
     from launch.cluster import ray_cluster
     from launch.evaluate import student_spec
 
@@ -237,12 +243,12 @@ def stage(student: Path, *, concurrency: int, tasks: int, engine: EngineKind) ->
         name = f"retrieval-{uuid.uuid4().hex[:12]}"
         actor = start_retrieval_actor(world.retriever, name=name, env_vars={"HF_HUB_OFFLINE": "1"})
         RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s).wait_ready(_START_TIMEOUT_S)
-        count = config.rollout.env_hosts
+        search, count = NamedSearch(name, config.retrieval.timeout_s), config.rollout.env_hosts
         hosts = start_env_hosts(
             config.env,
             count=count,
-            slots_per_host=-(-concurrency // count),
-            search=NamedSearch(name, config.retrieval.timeout_s),
+            slots_per_host=-(-slots // count),
+            search=search,
         )
         can_preview = all(ray.get([host.can_preview.remote() for host in hosts], timeout=_START_TIMEOUT_S))
         spec = student_spec(config, str(student))
@@ -256,7 +262,7 @@ def stage(student: Path, *, concurrency: int, tasks: int, engine: EngineKind) ->
             enforce_eager=spec.enforce_eager,
             engine=engine,
         )
-        ready = Stage(config, world, hosts, can_preview, policy)
+        ready = Stage(config, world, search, hosts, can_preview, policy)
         try:
             yield ready
         finally:
