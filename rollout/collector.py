@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from rollout.worker import RolloutWorker
 
 BARREN_STARTS = 3
 """So many times in a row may a worker die without having recorded anything; more often it will not work at all."""
+RESTART_S = 300.0
+"""How long Ray may take to start a dead worker's process again."""
 FEED_S = 120.0
 """How long the feed may take to answer; it does next to nothing."""
 _reserved: dict[Any, dict[str, Any]] = {}
@@ -232,6 +235,8 @@ class Collection:
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
         self._feed: Any = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
         self._running: dict[Any, tuple[int, str]] = {}
+        self._returning: dict[Any, tuple[int, float]] = {}
+        """A call to come back -> the dead worker that it is made to, and until when."""
         for i in range(len(self._actors)):
             self._start(i)
 
@@ -244,8 +249,12 @@ class Collection:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        done, _ = ray.wait(list(self._running), timeout=timeout_s) if self._running else ([], [])
+        waiting = [*self._running, *self._returning]
+        done, _ = ray.wait(waiting, timeout=timeout_s) if waiting else ([], [])
         for reference in done:
+            if reference in self._returning:
+                self._restart(reference)
+                continue
             index, name = self._running.pop(reference)
             try:
                 ray.get(reference)
@@ -256,7 +265,10 @@ class Collection:
                     raise CollectionError(f"rollout worker {index}: {_words(error.cause)}") from error
                 ray.kill(self._actors[index], no_restart=False)  # what an engine leaves behind ends with its process
                 self._replace(index, name, error.cause)
-        return not self._running
+        for index, deadline_s in self._returning.values():
+            if time.monotonic() > deadline_s:
+                raise CollectionError(f"rollout worker {index} died and did not come back within {RESTART_S:g} s")
+        return not self._running and not self._returning
 
     def progress(self, timeout_s: float = 10.0) -> CollectProgress:
         import ray
@@ -291,6 +303,19 @@ class Collection:
                 f"rollout worker {index} died {self._barren[index]} times in a row without recording anything; "
                 f"the last time: {_words(error)}"
             ) from error
+        # While Ray starts it again calls fail at once; this one is kept until it can be answered.
+        call = self._actors[index].pid.options(max_task_retries=-1).remote()
+        self._returning[call] = (index, time.monotonic() + RESTART_S)
+
+    def _restart(self, call: Any) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        index, _ = self._returning.pop(call)
+        try:
+            ray.get(call)
+        except RayError as error:
+            raise CollectionError(f"rollout worker {index} cannot be started again: {_words(error)}") from error
         self._start(index)
 
 
