@@ -91,7 +91,8 @@ class Env(Protocol):
     """False: the env cannot fork its state; self-consistency then votes on the parsed action."""
 
     def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode. The first observation's text is the question. Raises `EnvError`."""
+        """Start an episode. The first observation's text is the question, with what the env puts in front of it. Where
+        the agent has tools, `info["tools"]` is the list of their JSON schemas. Raises `EnvError`."""
         ...
 
     def step(self, action: str) -> StepResult:
@@ -99,7 +100,11 @@ class Env(Protocol):
         ...
 
     def preview(self, actions: Sequence[str]) -> list[StepResult]:
-        """Run each action from the present state; no action sees another, and the state stays as it was."""
+        """Run each action from the present state; no action sees another, and the state stays as it was.
+
+        An env may have `preview_more(actions)` beside it: the same without forgetting the last preview, so that a vote
+        can end before all candidates have run. It returns the results of these actions, and `commit` counts on.
+        """
         ...
 
     def commit(self, index: int) -> StepResult:

@@ -37,11 +37,13 @@ def check_env(make_env: Callable[[], Env], tasks: Sequence[Task], actions: Seque
         for action in actions:
             _check_repeatable(make_env, task, action, actions)
         with _env(make_env) as env:
-            can_preview = env.can_preview
+            can_preview, adds = env.can_preview, callable(getattr(env, "preview_more", None))
         if can_preview:
             _check_preview(make_env, task, actions)
             for index in range(len(actions)):
                 _check_commit(make_env, task, actions, index)
+            if adds:
+                _check_preview_more(make_env, task, actions)
         else:
             _check_no_preview(make_env, task, actions)
 
@@ -103,6 +105,31 @@ def _check_preview(make_env: Callable[[], Env], task: Task, actions: Sequence[st
             _preview(env, actions)
             _require_same("preview() leaves the state as it was", plain, _step(env, action))
             _require_same("a preview shows what a step does", together[index], plain)
+
+
+def _check_preview_more(make_env: Callable[[], Env], task: Task, actions: Sequence[str]) -> None:
+    with _env(make_env) as env:
+        _reset(env, task)
+        together = _preview(env, actions)
+    for split in range(1, len(actions)):
+        with _env(make_env) as env:
+            _reset(env, task)
+            first = _preview(env, actions[:split])
+            more = env.preview_more(actions[split:])  # type: ignore[attr-defined]
+            _require(len(more) == len(actions) - split, "preview_more() returns the results of its own actions", more)
+            for left, right in zip(together, [*first, *more], strict=True):
+                _require_same("preview() and preview_more() together are one preview", left, right)
+            clause = "after preview_more() commit() counts on behind the first preview"
+            try:
+                kept = env.commit(split)
+            except Exception as error:
+                raise ContractError(f"{clause}: commit({split}) raised {error!r}") from error
+            _require(kept == more[0], clause, kept)
+    with _env(make_env) as env:
+        _reset(env, task)
+        first = _preview(env, actions[:1])
+        env.preview_more(actions[1:])  # type: ignore[attr-defined]
+        _require(env.commit(0) == first[0], "preview_more() keeps what was previewed before", first[0])
 
 
 def _check_commit(make_env: Callable[[], Env], task: Task, actions: Sequence[str], index: int) -> None:

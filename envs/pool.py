@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.answer_env import AnswerEnv
-from envs.base import Env, EnvError, Observation, StepResult, Task, TaskError
+from envs.base import Env, EnvError, Observation, StepResult, Task
 from envs.grading import grade
 from envs.grading_math import MathSpec, configure_math
 from envs.judge import JudgeSpec, configure_judge
@@ -246,6 +246,4 @@ class RemoteEnv:
             cause = error.cause
             if isinstance(cause, EnvError):
                 raise EnvError(str(cause)) from None
-            if isinstance(cause, TaskError):  # no attempt would end better
-                raise TaskError(str(cause)) from None
             raise EnvError(f"env host failed in {what}: {type(cause).__name__}: {cause}") from None

@@ -58,6 +58,7 @@ class Dialect(Protocol):
 
 
 _FENCE = re.compile(r"```(?:py|python)?[ \t]*\n(.*?)\n?```", re.DOTALL)
+_LABEL = re.compile(r"\s*Thought:[ \t]*")
 _FINAL = re.compile(r"^[ \t]*final_answer\(", re.MULTILINE)
 
 
@@ -310,7 +311,7 @@ def _fault(error: Exception, start: int) -> str:
 def _thought(text: str, fence_start: int) -> tuple[int, int]:
     """Where the thought stands: behind `Thought:` (or at the start) up to the `Code:` line (or the fence)."""
     start = 0
-    label = re.match(r"\s*Thought:[ \t]*", text)
+    label = _LABEL.match(text)
     if label:
         start = label.end()
     code_label = text.rfind("Code:", start, fence_start)

@@ -146,6 +146,13 @@ def test_code_env_keeps_the_contract(sandbox: Sandbox):
     check_env(lambda: CodeEnv(sandbox=sandbox, tools=[TOOL], grade=grade, max_steps=3), [TASK], actions)
 
 
+class _LosesWaves(CodeEnv):
+    """Forgets the first wave of a preview."""
+
+    def preview_more(self, actions: Sequence[str]) -> list[StepResult]:
+        return self.preview(actions)
+
+
 class _Leaky(CodeEnv):
     """Runs previewed candidates on the live interpreter, as the paper's own code does."""
 
@@ -200,6 +207,7 @@ class _WrongReward(CodeEnv):
     ("broken", "clause"),
     [
         (_Leaky, "no previewed action sees another"),
+        (_LosesWaves, "commit.. counts on behind the first preview"),
         (_RunsTwice, "does not run it again"),
         (_GoesOn, r"step\(\) before reset\(\) raises RuntimeError"),
         (_Forgetful, "without a new preview|commit.i. leads to the state"),

@@ -18,7 +18,7 @@ from rollout.async_env import ThreadedEnv
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.policy import Policy, Sampling, ScriptedPolicy
 from rollout.self_consistency import is_decided, vote, waves
-from rollout.trajectory import Completion, FailureClass, Message, StopReason
+from rollout.trajectory import Completion, FailureClass, Message, StopReason, Trajectory
 
 TASK = Task(id="t", question="What is 6 times 7?", answer="42", kind="arithmetic")
 
@@ -166,6 +166,42 @@ def test_failure_of_ours_in_the_second_wave_is_a_failure_of_the_episode():
     assert env.waves == [["a", "b"]]
     assert trajectory.stop_reason is StopReason.FAILED and trajectory.failure is not None
     assert trajectory.failure.failure_class is FailureClass.ENVIRONMENT
+
+
+@pytest.mark.timeout(120)
+def test_hosts_of_ray_preview_in_waves_and_put_passages_in_front_of_questions(ray_cluster):
+    import ray
+
+    from envs.pool import EnvSpec, RemoteEnv, start_env_hosts
+    from envs.retrieval import Hit, Passage
+
+    def search(query: str, k: int) -> list[Hit]:
+        return [Hit(passage=Passage(id="1", title="Six", text="Six times seven is 42."), score=1.0)] * k
+
+    [code_host] = start_env_hosts(EnvSpec(), count=1, slots_per_host=1, search=search)
+    [answer_host] = start_env_hosts(
+        EnvSpec(name="answer", context_passages=2), count=1, slots_per_host=1, search=search
+    )
+    bodies = ["x = 1\nx", "x = 2\nx", "x = 40 + 2\nx", "x = 42\nx"]
+    policy = ScriptedPolicy(lambda messages, i: code(bodies[i] if len(messages) == 2 else "final_answer(x)"))
+    settings_ = EpisodeSettings(max_steps=3, candidates=4, temperature=0.7, prompt="teacher")
+
+    async def play() -> list[Trajectory]:
+        env = RemoteEnv(code_host, 0, can_preview=True, timeout_s=60)
+        voted = await run_episode(TASK, policy=policy, env=env, settings=settings_)
+        reading = RemoteEnv(answer_host, 0, can_preview=True, timeout_s=60)
+        speaker = ScriptedPolicy(lambda messages, i: "Answer: 42")
+        cot = EpisodeSettings(dialect="cot", candidates=2, temperature=0.7)
+        return [voted, await run_episode(TASK, policy=speaker, env=reading, settings=cot)]
+
+    try:
+        voted, read = asyncio.run(play())
+    finally:
+        ray.kill(code_host)
+        ray.kill(answer_host)
+    assert voted.success and [candidate.votes for candidate in voted.steps[0].candidates] == [1, 1, 2, 2]
+    assert "- web_search(query: str)" in (voted.shown_system_prompt or "")
+    assert read.success and (read.user_prompt or "").count("Six: Six times seven is 42.") == 2
 
 
 @pytest.fixture(scope="module")

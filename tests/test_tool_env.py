@@ -298,6 +298,12 @@ def test_host_makes_both_over_its_retriever():
     host.close()
     with pytest.raises(ValueError, match="needs something to search"):
         EnvHost(EnvSpec(name="search"))
+    with pytest.raises(ValueError, match="env 'answer' with context_passages=3 needs something to search"):
+        EnvHost(EnvSpec(name="answer", context_passages=3))
+    with pytest.raises(ValueError, match="context_passages=3 is for env 'answer'; in env 'code' the agent searches"):
+        EnvSpec(context_passages=3)
+    with pytest.raises(ValueError, match="context_passages=-1 must not be negative"):
+        EnvSpec(name="answer", context_passages=-1)
     with pytest.raises(ValueError, match="env 'tools' is unknown; there are answer, code, search, tool"):
         EnvSpec(name="tools")
 
