@@ -102,7 +102,7 @@ def compact(ledger: Ledger, *, target_bytes: int = TARGET_BYTES, full_bytes: int
         )
     _tidy(storage, replace(before, manifest=manifest))
     return CompactionReport(
-        merged=sum(map(len, sources.values())),
+        merged=sum(len(names) for names in sources.values() if len(names) > 1),
         made=len(job.written),
         rows=job.rows,
         duplicates=job.duplicates,

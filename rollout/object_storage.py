@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 30.0
-"""For a request that makes no progress."""
+REQUEST_TIMEOUT_S = 15.0
+"""For a request that makes no progress; with all attempts, a store that hangs is given up within some two minutes."""
 ATTEMPTS = 3
 _CLAIM_AGE_S = 600.0
 """A claim that is older belongs to somebody who was killed; far above what one takes."""
