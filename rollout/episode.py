@@ -12,6 +12,7 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -85,14 +86,25 @@ class EpisodeSettings:
             )
 
     def key(self, task: Task, policy: str, sample_index: int) -> str:
+        """`rollout.trajectory.trajectory_key` of an episode with these settings."""
+        return f"{task.id}|{policy}|{sample_index}{_end_of_keys(self)}"
+
+    def in_key(self) -> dict[str, Any]:
+        """The settings that a key's digest is made of."""
         # Left out: what changes nothing in what is sampled, and later knobs at their defaults, which must therefore
         # stay what they are: ledgers of before a knob was there keep their keys.
         settings: dict[str, Any] = {name: getattr(self, name) for name in _ALWAYS_IN_KEY}
+        settings |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}  # 1 is 1.0
         settings["fruitless_steps"] = self.early_exit.unparsed_turns  # its name before there were other reasons
         exits = {name: n for name, n in asdict(self.early_exit).items() if n and name != "unparsed_turns"}
         later = {"early_exit": exits, "guide": self.guide, "prompt": self.prompt}
-        settings |= {name: value for name, value in later.items() if value not in ({}, "none", "student")}
-        return trajectory_key(task_id=task.id, policy=policy, sample_index=sample_index, settings=settings)
+        return settings | {name: value for name, value in later.items() if value not in ({}, "none", "student")}
+
+
+@functools.lru_cache(maxsize=256)
+def _end_of_keys(settings: EpisodeSettings) -> str:
+    """The digest, with the bar in front of it: made once, since a resumed run asks for the keys of all its tasks."""
+    return trajectory_key(task_id="", policy="", sample_index=0, settings=settings.in_key()).removeprefix("||0")
 
 
 async def run_episode(

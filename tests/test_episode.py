@@ -104,6 +104,7 @@ def test_keys_of_before_later_knobs_were_there_stay():
     key = trajectory_key(task_id="t1", policy="p", sample_index=1, settings=before)
     settings = EpisodeSettings(seed=3, early_exit=EarlyExit(unparsed_turns=2), deadline_s=9.0, logprobs=False)
     assert settings.key(TASK, "p", 1) == key
+    assert replace(settings, temperature=0, top_p=1).key(TASK, "p", 1) == key
 
 
 def test_every_later_knob_changes_the_key():
