@@ -6,6 +6,7 @@ tasks x samples -> teachers -> rollout workers <-> env hosts <-> retrieval      
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from rollout.placement import PlacementError
 from rollout.spend import SpendSnapshot
 from rollout.task_feed import CollectProgress
 
+GRACE_S = 20.0
+"""What has begun when a job is interrupted may have so long to end: its tokens are paid."""
 TROUBLE = (ClusterError, CollectionError, EnvError, LedgerError, PlacementError)
 
 
@@ -124,8 +127,22 @@ def _collect(
 
 
 def _watch(collection: JointCollection, meter: JobMeter | None, view: LiveView) -> str:
+    """Why it ended early, or "". The first interrupt lets what is under way come to its end, for a while."""
+    try:
+        return _until(collection, meter, view, math.inf)
+    except KeyboardInterrupt:
+        view.say(
+            f"interrupted: nothing more is started, what runs has {GRACE_S:g} s to end; interrupt again to stop at once"
+        )
+        collection.stop("interrupted")
+        _until(collection, meter, view, GRACE_S)
+        raise
+
+
+def _until(collection: JointCollection, meter: JobMeter | None, view: LiveView, limit_s: float) -> str:
+    deadline_s = time.monotonic() + limit_s
     while True:
-        ended = collection.poll(timeout_s=0.5)
+        ended = collection.poll(timeout_s=0.5) or time.monotonic() > deadline_s
         seen = collection.progress()
         view.show(figures(seen, meter.snapshot() if meter else None), last=ended)
         if ended:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from launch.intervals import score
 from rollout.curation import Curation, CurationReport
@@ -172,15 +173,16 @@ def summarise(ledger: Ledger, expected: Mapping[str, Set[str]], *, rule: RetryRu
 def summary_table(summary: Summary) -> Table:
     """A row for each kind and teacher, with 95% intervals, and one for all."""
     table = Table(
-        title="collected (success with 95% intervals; steps and tool calls in the mean)",
+        title="collected (success with 95% intervals; kept by curation; mean steps and tool calls)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("teacher", overflow="fold")
-    table.add_column("kind", no_wrap=True)
-    paid = ("US$", "US$/accepted") if summary.cost_usd else ()
-    for column in ("number", "success, %", "accepted", "steps", "calls", "tokens", *paid):
+    table.add_column("teacher", overflow="fold", min_width=12)
+    table.add_column("kind", overflow="fold", min_width=10)
+    paid = ("US$", "US$ an\naccepted") if summary.cost_usd else ()
+    for column in ("number", "success, %", "kept", "steps", "calls", "tokens", *paid):
         table.add_column(column, justify="right", no_wrap=True)
     rows = [(name, kind, tally) for name, kinds in summary.tallies.items() for kind, tally in kinds.items()]
     if len(rows) != 1:
@@ -201,5 +203,5 @@ def summary_table(summary: Summary) -> Table:
                 f"{tally.cost_usd:.4f}",
                 f"{tally.cost_usd / tally.accepted:.5f}" if tally.accepted else "-",
             ]
-        table.add_row(name, kind, *cells)
+        table.add_row(Text(name), Text(kind), *cells)
     return table

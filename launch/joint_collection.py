@@ -19,6 +19,7 @@ class JointCollection:
     def __init__(self, collections: Mapping[str, Collection], *, done: int = 0) -> None:
         self._done = CollectProgress(total=done, found=done)
         self._collections = dict(collections)
+        self._seen: dict[str, CollectProgress] = {}
         self._running = set(collections)
         self._broken: dict[str, CollectionError] = {}
 
@@ -44,7 +45,25 @@ class JointCollection:
         return not self._running
 
     def progress(self, timeout_s: float = 10.0) -> CollectProgress:
-        return summed([self._done, *(collection.progress(timeout_s) for collection in self._collections.values())])
+        """Of a collection that does not tell in time: what it told last."""
+        from ray.exceptions import RayError
+
+        for name, collection in self._collections.items():
+            try:
+                self._seen[name] = collection.progress(timeout_s)
+            except (RayError, TimeoutError):  # the machine is busy, or it ends just now: `poll` knows
+                continue
+        return summed([self._done, *self._seen.values()])
+
+    def stop(self, reason: str) -> None:
+        """Start nothing more; what is under way comes to its end."""
+        from ray.exceptions import RayError
+
+        for collection in self._collections.values():
+            try:
+                collection.stop(reason)
+            except (RayError, TimeoutError):
+                continue
 
     def close(self) -> None:
         for collection in self._collections.values():

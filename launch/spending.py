@@ -12,6 +12,7 @@ from launch.config import JobConfig
 from rollout.policy_spec import PolicySpec
 from rollout.spend import SpendMeter, SpendSnapshot
 
+START_S = 300.0
 METER_S = 30.0
 
 
@@ -25,6 +26,7 @@ class JobMeter:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self._last: SpendSnapshot | None = None
 
     @classmethod
     def start(cls, config: JobConfig, log: Path | str) -> JobMeter | None:
@@ -39,17 +41,23 @@ class JobMeter:
         actor = ray.remote(SpendMeter).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)  # type: ignore
         meter = cls(actor.remote(config.spend, str(log)))
         try:
-            meter.snapshot()
+            meter._last = ray.get(meter.handle.snapshot.remote(), timeout=START_S)
         except (RayError, TimeoutError) as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise ValueError(f"the spend meter cannot start: {reason}") from None
         return meter
 
     def snapshot(self) -> SpendSnapshot:
-        """What was spent so far, by earlier jobs on this folder too."""
+        """What was spent so far, by earlier jobs on this folder too; the last known when the meter does not answer."""
         import ray
+        from ray.exceptions import RayError
 
-        return ray.get(self.handle.snapshot.remote(), timeout=METER_S)
+        try:
+            self._last = ray.get(self.handle.snapshot.remote(), timeout=METER_S)
+        except (RayError, TimeoutError):
+            pass  # workers that cannot ask it spend nothing
+        assert self._last is not None
+        return self._last
 
     def close(self) -> None:
         """The log is complete when it returns."""

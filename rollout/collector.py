@@ -16,6 +16,7 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 import uuid
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import Task
+from envs.local_envs import LocalEnvs
 from envs.pool import RemoteEnv
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger, LedgerWriter
@@ -80,11 +82,14 @@ class EnvSlots:
     can_preview: bool
     timeout_s: float
 
-    def connect(self) -> list[RemoteEnv]:
+    async def connect(self) -> list[RemoteEnv]:
         return [
             RemoteEnv(self.hosts[host], slot, can_preview=self.can_preview, timeout_s=self.timeout_s)
             for host, slot in self.slots
         ]
+
+    async def close(self) -> None:
+        """The hosts stay: they are not this worker's."""
 
 
 class _RemoteFeed:
@@ -126,7 +131,7 @@ class RolloutActor:
     async def run(
         self,
         name: str,
-        env_slots: EnvSlots,
+        env_slots: EnvSlots | LocalEnvs,
         settings: EpisodeSettings,
         feed: Any,
         ledger: str,
@@ -138,17 +143,20 @@ class RolloutActor:
         await self.start()
         if weights is not None and self._policy.weights_version != weights.version:
             await self._policy.update_weights(weights.folder, weights.version)
-        worker = RolloutWorker(
-            name=name,
-            policy=self._policy,
-            envs=env_slots.connect(),
-            settings=settings,
-            feed=_RemoteFeed(feed),
-            ledger=LedgerWriter(ledger, writer=name),
-            sink=queue,
-            adaptive=adaptive,
-        )
-        return await worker.run()
+        try:
+            worker = RolloutWorker(
+                name=name,
+                policy=self._policy,
+                envs=await env_slots.connect(),
+                settings=settings,
+                feed=_RemoteFeed(feed),
+                ledger=LedgerWriter(ledger, writer=name),
+                sink=queue,
+                adaptive=adaptive,
+            )
+            return await worker.run()
+        finally:
+            await env_slots.close()
 
     async def stats(self) -> dict[str, float]:
         stats: Callable[[], Mapping[str, float]] | None = getattr(self._policy, "stats", None)
@@ -209,12 +217,16 @@ def stop_rollout_actors(actors: Sequence[Any]) -> None:
 
 
 class Collection:
-    """One running collection; a plain object of the driver."""
+    """One running collection; a plain object of the driver.
+
+    `hosts`: env host actors that all workers share (`envs.pool`), or envs that each worker has in its own process.
+    `concurrency`: episodes at a time of each worker, at most; `adaptive` lets an engine that is full have fewer.
+    """
 
     def __init__(
         self,
         actors: Sequence[Any],
-        hosts: Sequence[Any],
+        hosts: Sequence[Any] | LocalEnvs,
         requests: Sequence[EpisodeRequest],
         *,
         found: int = 0,
@@ -229,7 +241,8 @@ class Collection:
     ) -> None:
         import ray
 
-        self._actors, self._hosts, self._settings = list(actors), tuple(hosts), settings
+        self._actors, self._settings = list(actors), settings
+        self._hosts = hosts if isinstance(hosts, LocalEnvs) else tuple(hosts)
         self._ledger, self._queue, self._weights, self._adaptive = ledger, queue, weights, adaptive
         self._barren = [0] * len(self._actors)
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
@@ -275,6 +288,12 @@ class Collection:
 
         return ray.get(self._feed.progress.remote(), timeout=timeout_s)
 
+    def stop(self, reason: str) -> None:
+        """Start nothing more. What is under way comes to its end, and `poll` then says so."""
+        import ray
+
+        ray.get(self._feed.stop.remote(reason), timeout=FEED_S)
+
     def close(self) -> None:
         """Frees the feed; the actors stay for the next collection."""
         import ray
@@ -283,13 +302,19 @@ class Collection:
 
     def _start(self, index: int) -> None:
         name = f"w{index}-{uuid.uuid4().hex[:8]}"
-        hosts, per_worker = len(self._hosts), self._concurrency
-        slots = tuple(((index * per_worker + i) % hosts, index * per_worker + i) for i in range(per_worker))
-        env_slots = EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
         reference = self._actors[index].run.remote(
-            name, env_slots, self._settings, self._feed, str(self._ledger), self._queue, self._weights, self._adaptive
-        )
+            name, self._env_slots(index), self._settings, self._feed, str(self._ledger), self._queue, self._weights,
+            self._adaptive,
+        )  # fmt: skip
         self._running[reference] = (index, name)
+
+    def _env_slots(self, index: int) -> EnvSlots | LocalEnvs:
+        per_worker = self._concurrency
+        if isinstance(self._hosts, LocalEnvs):
+            return dataclasses.replace(self._hosts, count=per_worker)
+        numbers = range(index * per_worker, (index + 1) * per_worker)
+        slots = tuple((number % len(self._hosts), number) for number in numbers)
+        return EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
 
     def _replace(self, index: int, name: str, error: Exception) -> None:
         import ray
