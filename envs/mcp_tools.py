@@ -24,6 +24,8 @@ import logging
 import math
 import os
 import re
+import shutil
+import sys
 import tempfile
 import threading
 import weakref
@@ -41,6 +43,12 @@ _SLACK_S = 5.0
 _MAX_PAGES = 100
 _STDERR_BYTES = 500
 _STDERR_KEPT_BYTES = 1 << 20
+_UNTIL_WE_DIE = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which exec keeps
+if os.getppid() == int(sys.argv[1]):  # else it is too late already
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 _INVALID_PARAMS = -32602  # JSON-RPC: the arguments are wrong, which is the caller's mistake
 _CONNECTION_CLOSED = -32000  # the SDK's own code
 
@@ -354,10 +362,25 @@ async def _transport(spec: McpSpec, stderr: IO[bytes]) -> AsyncIterator[Any]:
         return
     from mcp.client.stdio import StdioServerParameters, stdio_client
 
-    program, *arguments = spec.command
+    program, *arguments = _mortal(spec) if sys.platform == "linux" else spec.command
     parameters = StdioServerParameters(command=program, args=arguments, env=dict(spec.env), cwd=spec.cwd)
     async with stdio_client(parameters, errlog=stderr) as streams:  # type: ignore[arg-type]
         yield streams
+
+
+def _mortal(spec: McpSpec) -> list[str]:
+    """The command, made to end when we are killed: a server may hang, and would not see that its input has ended.
+
+    Raises `FileNotFoundError`, which the command itself could only tell on standard error.
+    """
+    program = spec.command[0]
+    if "/" in program:
+        found = os.path.exists(os.path.join(spec.cwd or "", program))
+    else:
+        found = shutil.which(program, path=spec.env.get("PATH", os.environ.get("PATH"))) is not None
+    if not found:
+        raise FileNotFoundError(2, os.strerror(2), program)
+    return [sys.executable, "-I", "-S", "-c", _UNTIL_WE_DIE, str(os.getpid()), *spec.command]
 
 
 def _text(result: Any) -> str:

@@ -212,6 +212,21 @@ def test_server_ends_with_our_process():
     assert not is_running(int(done.stdout))
 
 
+def test_a_server_that_hangs_ends_when_our_process_is_killed():
+    code = f"""
+        import os, signal
+        from envs.mcp_tools import McpServer
+        server = McpServer(command={program(HAND_WRITTEN + "time.sleep(60)")!r})
+        print(server.tools(only=["pid"])[0].call([], {{}}), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(program(code), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    deadline = time.monotonic() + 10
+    while is_running(int(done.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [
