@@ -118,6 +118,7 @@ def _show(data: dict[str, Any], output: Output) -> None:
 
     total = data["total"]
     output.say(f"{', '.join(data['ledgers'])}: {total['results']:,} results of {data['tasks']:,} tasks")
+    output.say("success with 95% intervals; steps, tool calls and tokens in the mean")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("kind")
     table.add_column("policy", overflow="fold")

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from expert_samples import CODE_POLICY, COT_POLICY, expert_trajectories
+from loopback_server import AnsweringHandler, LoopbackServer
 
 from launch.intervals import score
 from launch.ledger import main
@@ -260,6 +261,50 @@ def test_regrade_by_another_grader(tmp_path, expert, capsys):
     assert (data["now_right"], data["now_wrong"]) == (1, 0)
     graded = by_key(tmp_path / "math")
     assert graded[half.key].success and graded[half.key].task.grader == "math" and not graded[silent.key].success
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
+    """An endpoint that finds everything right but "wrong", and refuses what speaks of "forbidden": its URL, and the
+    prompts that came."""
+    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    prompts: list[str] = []
+
+    class Handler(AnsweringHandler):
+        def do_POST(self) -> None:
+            prompt = json.loads(self.rfile.read(int(self.headers["content-length"])))["messages"][0]["content"]
+            prompts.append(prompt)
+            verdict = "incorrect" if "a wrong prediction" in prompt else "correct"
+            message = {"role": "assistant", "content": f"Verdict: {verdict}"}
+            body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m",
+                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
+            status = 400 if "forbidden" in prompt else 200
+            self.send((status, {"content-type": "application/json"}, json.dumps(body).encode()))
+
+    server = LoopbackServer(Handler)
+    yield server.url, prompts
+    server.close()
+
+
+def test_regrade_asks_a_judge_for_what_is_not_plainly_equal(tmp_path, expert, judge, capsys):
+    url, prompts = judge
+    rows = [
+        replace(expert[0][i], prediction=said or expert[0][i].task.answer, success=False, reward=0.0)
+        for i, said in enumerate(["in other words", "a wrong prediction", ""])
+    ]
+    LedgerWriter(tmp_path / "ledger", writer="w").append(rows)
+    options = ("--grader", "judge", "--judge-model", "m", "--judge-url", url)
+    data = asked(capsys, "regrade", str(tmp_path / "ledger"), *options, "--out", str(tmp_path / "judged"))
+    assert data["now_right"] == 2 and len(prompts) == 2
+    assert [each.success for each in Ledger(tmp_path / "judged").trajectories()] == [True, False, True]
+
+
+def test_a_judge_that_refuses_ends_the_command_and_nothing_is_made(tmp_path, expert, judge, capsys):
+    LedgerWriter(tmp_path / "ledger", writer="w").append([replace(expert[0][0], prediction="forbidden")])
+    options = ("--grader", "judge", "--judge-model", "m", "--judge-url", judge[0])
+    line = refused(capsys, "regrade", str(tmp_path / "ledger"), *options, "--out", str(tmp_path / "judged"))
+    assert "judge m at" in line and [path.name for path in tmp_path.iterdir()] == ["ledger"]
 
 
 # -- export and import
