@@ -253,7 +253,10 @@ def _answer_out_of_nothing(trajectory: Trajectory, visible: str) -> str | None:
     if prediction is None or trajectory.dialect == "cot" or not trajectory.steps:  # words alone may reason
         return None
     in_code = trajectory.dialect == "code"
-    if in_code and not _is_written_by_hand(trajectory.steps):
+    try:
+        if in_code and not _is_written_by_hand(trajectory.steps):
+            return None
+    except RecursionError:  # nested too deeply to be followed
         return None
     words = _content_words(prediction)
     if prediction.strip().rstrip(".").casefold() in _JUDGEMENTS:

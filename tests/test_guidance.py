@@ -333,6 +333,22 @@ def test_an_answer_that_was_computed_or_shown_is_none(first, observation, body):
     assert guide_leaks(trajectory) == ()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"final_answer({'-' * 2500}72)",
+        "final_answer(" + "(" * 150 + "72" + ")" * 150 + ")",
+        "final_answer(" + "9" * 6000 + ")",
+        "final_answer('\\ud800')",
+        "x = (\nfinal_answer(72)",
+        "[1, 2]\nfinal_answer(48 + 24)",
+    ],
+)
+def test_odd_code_is_no_reason_to_fail(body):
+    trajectory = guided(GSM, (code("I compute.", body), "72"))
+    assert all(leak.startswith("step 1 answers") for leak in guide_leaks(trajectory))
+
+
 def test_a_fact_that_was_never_looked_up_is_a_leak():
     turns = (
         (code("I look.", 'print(web_search("Milhouse song"))'), "[1] Milhouse: a song by Allie Goertz"),
