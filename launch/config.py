@@ -86,6 +86,7 @@ class RolloutConfig:
     adaptive: bool = True
     """Fewer at a time when an engine's KV cache is full, more again when it is not."""
     env_hosts: int = 1
+    """Ray actors that hold the envs; 0: each worker has its envs in its own process, cheapest on one machine."""
     env_timeout_s: float = 60.0
     retry: RetryRule = RetryRule()
     """How many attempts of a failed episode are recorded, over all jobs, before it is quarantined."""

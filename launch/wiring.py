@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import EnvError, Task
+from envs.local_envs import LocalEnvs
 from envs.pool import start_env_hosts
 from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_retrieval_actor
 from envs.retrieval.spec import RetrieverSpec
@@ -30,8 +31,9 @@ START_TIMEOUT_S = 900.0
 class Environments:
     """The running env hosts, and the retrieval behind them."""
 
-    groups: list[list[Any]]
-    """Hosts for each collection that runs at the same time: two that shared a host would share its slots."""
+    groups: list[list[Any] | LocalEnvs]
+    """Env hosts, or envs of the workers' own, for each collection that runs at the same time: two that shared a host
+    would share its slots."""
     retrieval: RayRetrieverClient | None
 
     @classmethod
@@ -46,9 +48,11 @@ class Environments:
             client = RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s)
             search = NamedSearch(name, config.retrieval.timeout_s)
         hosts = config.rollout.env_hosts
-        groups = [
-            start_env_hosts(config.env, count=hosts, slots_per_host=-(-count // hosts), search=search)
-            for count in slots
+        if hosts == 0:
+            timeout_s = config.rollout.env_timeout_s
+            return cls([LocalEnvs(config.env, search, count=n, timeout_s=timeout_s) for n in slots], client)
+        groups: list[list[Any] | LocalEnvs] = [
+            start_env_hosts(config.env, count=hosts, slots_per_host=-(-n // hosts), search=search) for n in slots
         ]
         return cls(groups, client)
 
@@ -62,7 +66,8 @@ class Environments:
         if self.retrieval is not None:
             self.retrieval.wait_ready(START_TIMEOUT_S)
         try:
-            asked = [host.can_preview.remote() for group in self.groups for host in group]
+            hosts = [host for group in self.groups if not isinstance(group, LocalEnvs) for host in group]
+            asked = [host.can_preview.remote() for host in hosts]
             return all(ray.get(asked, timeout=START_TIMEOUT_S))
         except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
             raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error
