@@ -181,6 +181,27 @@ def test_the_runs_own_cost_is_told_from_the_judges():
     assert costs == [0.02, 0.0, 0.0, 0.0, 0.0, 0.001]
 
 
+@pytest.mark.parametrize(
+    ("cost", "told", "expected"),
+    [({"total_cost": 0.02}, {}, 0.02), (0.03, {"score": True}, 0.03), (None, {"score": 1}, 0.0), (None, {}, 0.5)],
+)
+def test_cost_is_found_where_a_subset_has_it(tmp_path, cost, told, expected):
+    """In `log_data`, as an object or a number; else the row's, which is the judge's once there is a score."""
+    row = json.loads((DATA / "agent_distillation.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    row["log_data"]["metadata"]["cost"] = cost
+    row = {name: row[name] for name in row if name != "score"} | {"cost": 0.5} | told
+    assert only(lines(tmp_path / "logs.jsonl", row)).usage.cost_usd == expected
+
+
+def test_log_data_of_parquet_is_read_as_that_of_json_lines(tmp_path):
+    rows = [json.loads(line) for line in (DATA / "agent_distillation.jsonl").read_text(encoding="utf-8").splitlines()]
+    as_struct = {name: rows[0][name] for name in ("model_id", "question", "true_answer", "log_data", "score")}
+    pq.write_table(pa.Table.from_pylist([as_struct]), tmp_path / "logs.parquet")
+    run = only(tmp_path / "logs.parquet")
+    first = imported("agent_distillation.jsonl")[0]
+    assert run.key == first.key and run.messages() == first.messages() and run.success
+
+
 def test_a_reference_becomes_a_guide_and_a_turn_that_speaks_of_it_a_leak():
     fourth = imported("agent_distillation.jsonl")[3]
     assert fourth.guide is not None and "3 * 3 * 3 * 3 = 81" in fourth.guide

@@ -137,7 +137,7 @@ def _out_of_steps(told: Conversation, metadata: Mapping[str, Any]) -> bool:
 
 def _usage(row: Mapping[str, Any], metadata: Mapping[str, Any], requests: int) -> Usage:
     cost, tokens = metadata.get("cost"), metadata.get("token_usage")
-    cost = cost if isinstance(cost, Mapping) else {}
+    cost = cost if isinstance(cost, Mapping) else {"total_cost": cost}
     tokens = tokens if isinstance(tokens, Mapping) else {}
     own = cost.get("total_cost")
     if own is None and "score" not in row:

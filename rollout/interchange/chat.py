@@ -3,7 +3,8 @@
 
 Rows that we write carry `key`, `task_id`, `question`, `answer`, `kind`, `dialect`, `policy`, `success` and `reward`
 beside the messages; TRL leaves them alone. `prompt`/`completion` rows are one per assistant turn, so that a loss on the
-completion alone trains every turn and no observation; read back, the last row of each run holds the whole. Formats:
+completion alone trains every turn and no observation; read back, the last row of each run holds the whole. ShareGPT's
+rows have "human" say the observations, as every reader of them knows that name (TRL does not: give it `chat`). Formats:
 https://huggingface.co/docs/trl/dataset_formats.
 """
 

@@ -10,6 +10,7 @@ What a person may want to know of an imported run stands in `task.metadata["impo
 
 `outcome` is "recorded" (the file says whether it succeeded), "graded" (here, by exact or numeric match with the
 recorded answer), "unknown" (neither; counted as a failure) or "assumed" (unknown, and the caller vouches for it).
+Symbolic equality is left to the ledger's regrading: such tasks name the grader "math".
 """
 
 from __future__ import annotations

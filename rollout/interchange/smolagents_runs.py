@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rollout.interchange.fields import answer_text, count, listed, mapping, real, text
-from rollout.interchange.recorded import SEARCHES, ReadOptions, RecordedRun, RowError
+from rollout.interchange.recorded import SEARCHES, ReadOptions, RecordedRun
 from rollout.interchange.smolagents_messages import conversation
 from rollout.trajectory import StopReason, Usage
 
@@ -24,9 +24,6 @@ def matches(record: Any) -> bool:
 
 def read(record: Any, options: ReadOptions) -> RecordedRun:
     row = mapping(record, "the row")
-    answer = answer_text(row.get("answer"))
-    if isinstance(row.get("answer"), str) and row["answer"].startswith("Error"):
-        raise RowError("the run failed when it was recorded", row["answer"][:120])
     told = conversation(listed(row, "intermediate_steps"))
     source = str(row.get("source", "")).lower()
     tokens = row.get("token_counts")
@@ -40,7 +37,7 @@ def read(record: Any, options: ReadOptions) -> RecordedRun:
         grader="math" if source == "math" else "",
         kind=_KINDS.get(source, source or "smolagents"),
         policy=str(row.get("model_id") or ""),
-        prediction=answer,
+        prediction=answer_text(row.get("answer")),
         stop_reason=StopReason.MAX_STEPS if told.out_of_steps else StopReason.FINAL,
         shown_system_prompt=told.system or None,
         usage=Usage(
