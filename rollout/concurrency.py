@@ -1,5 +1,7 @@
-"""How many episodes a worker runs at a time: `AdaptiveConcurrency`, additive increase and multiplicative decrease by the
-pressure on the engine's KV cache (as TCP does it, Chiu and Jain 1989), and `Gate`, which holds episodes to that number.
+"""How many episodes a worker runs at a time.
+
+`AdaptiveConcurrency` is additive increase and multiplicative decrease (Chiu and Jain 1989, as in TCP) by the pressure
+on the engine's KV cache; `Gate` holds episodes to that number.
 
 A cache that overflows makes an engine preempt requests and compute their prefixes again; one that is half empty leaves
 the engine idle. The right number depends on the length of conversations, which nobody knows before. It knows nothing
@@ -55,7 +57,7 @@ INCREASE = 4
 
 
 class Gate:
-    """Lets at most `limit` pass at a time; a limit that falls takes effect as those inside leave. For one event loop."""
+    """Lets at most `limit` pass at a time; one that falls takes effect as those inside leave. For one event loop."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self.inside = limit, 0
