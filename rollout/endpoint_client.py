@@ -51,9 +51,9 @@ Read = Callable[[Mapping[str, Any]], Reply]
 class RequestRefused(PolicyError):
     """The endpoint refuses the request for what it is (400, 404, 422, ...); `reason` is what it said, redacted."""
 
-    def __init__(self, message: str, *, status: int = 0, reason: str = "", parameter: str = "") -> None:
+    def __init__(self, message: str, *, status: int = 0, reason: str = "", parameter: str = "", code: str = "") -> None:
         super().__init__(message, FailureClass.INPUT)
-        self.status, self.reason, self.parameter = status, reason, parameter
+        self.status, self.reason, self.parameter, self.code = status, reason, parameter, code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,9 +401,14 @@ class EndpointClient:
         if _too_long(error):
             return PolicyError(f"{self.where}: the prompt is too long: {said}", FailureClass.LIMIT)
         if status is not None and 400 <= status < 500 and not _passes(error):
-            parameter = str(getattr(error, "param", None) or "")
+            # The endpoint's words, too: they may repeat what was asked.
+            parameter = self._redact(str(getattr(error, "param", None) or ""), prompts)
             return RequestRefused(
-                f"{self.where} refuses the request: {said}", status=status, reason=said, parameter=parameter
+                f"{self.where} refuses the request: {said}",
+                status=status,
+                reason=said,
+                parameter=parameter,
+                code=self._redact(code, prompts),
             )
         times = "once" if attempts == 1 and why else f"{attempts} times"
         return PolicyError(f"{self.where} failed, tried {times}: {said}{why}")

@@ -59,6 +59,12 @@ _MAX_STOPS = 4
 _DROPPABLE = ("logprobs", "seed", "stop", "temperature", "top_p", "n")
 _ASKED = "\n\nBegin your answer exactly with: "
 _OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+_NOT_SUPPORTED = re.compile(
+    r"support|unrecogni[sz]ed|unknown|unexpected|not (?:permitted|allowed|available|implemented|valid for)|forbidden"
+    r"|extra (?:inputs|fields)|additional propert|only the default|incompatible|deprecated|must be 1\b|at most 1\b",
+    re.IGNORECASE,
+)
+"""A field that is unwelcome altogether; a bad value of a good field is our mistake, and stays an error."""
 _TOKENS_OF_A_MESSAGE = 16
 """At most, for the template's own text around one."""
 
@@ -390,7 +396,9 @@ def _cut(text: str, stops: Sequence[str], start: int) -> str | None:
 
 
 def _names(refused: RequestRefused, field: str) -> bool:
-    """Whether a refusal is about this field: by its `param`, or in its text, where a short name must look like one."""
+    """Whether a refusal is of this field: by its `param`, or in its text, where a short name must look like one."""
+    if not _NOT_SUPPORTED.search(f"{refused.reason} {refused.code}"):
+        return False
     if refused.parameter and refused.parameter.rpartition(".")[2] == field:
         return True
     if refused.parameter and refused.parameter.rpartition(".")[2] in (*_DROPPABLE, *_OTHER_NAME):
