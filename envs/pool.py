@@ -15,6 +15,7 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +33,8 @@ SearchFunction = Callable[[str, int], list[Any]]
 """(query, k) -> hits, best first."""
 
 
+_HOST_AWAY_S = 0.5
+"""Between two calls to a host that is being started again."""
 ENV_NAMES = ("answer", "code", "search", "tool")
 
 
@@ -199,6 +202,10 @@ def start_env_hosts(
     return [actor.remote(spec, search) for _ in range(count)]
 
 
+class HostAwayError(EnvError):
+    """The host has died and will be back."""
+
+
 class RemoteEnv:
     """One slot of an `EnvHost` actor as an awaited env."""
 
@@ -208,8 +215,17 @@ class RemoteEnv:
         self._open = False
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
+        """Waits for a host that is being started again: until it is there calls fail at once, and so would episode
+        after episode."""
         self._open = True
-        return await self._call(self._host.reset.remote(self._slot, task, seed), "reset")
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return await self._call(self._host.reset.remote(self._slot, task, seed), "reset")
+            except HostAwayError:
+                if time.monotonic() > deadline_s:
+                    raise
+                await asyncio.sleep(_HOST_AWAY_S)
 
     async def step(self, action: str) -> StepResult:
         return self._after(await self._call(self._host.step.remote(self._slot, action), "step"))
@@ -234,12 +250,14 @@ class RemoteEnv:
         return result
 
     async def _call(self, reference: Awaitable[Any], what: str) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
         try:
             return await asyncio.wait_for(reference, self._timeout_s)
         except TimeoutError:
             raise EnvError(f"env host did not finish {what} within {self._timeout_s:g} s") from None
+        except ActorUnavailableError:
+            raise HostAwayError(f"env host died during {what}, or was not back yet") from None
         except RayActorError as error:
             raise EnvError(f"env host died during {what}: {type(error).__name__}") from None
         except RayTaskError as error:

@@ -328,20 +328,25 @@ class Collection:
                 f"rollout worker {index} died {self._barren[index]} times in a row without recording anything; "
                 f"the last time: {_words(error)}"
             ) from error
-        # While Ray starts it again calls fail at once; this one is kept until it can be answered.
-        call = self._actors[index].pid.options(max_task_retries=-1).remote()
-        self._returning[call] = (index, time.monotonic() + RESTART_S)
+        self._call_back(index, time.monotonic() + RESTART_S)
+
+    def _call_back(self, index: int, deadline_s: float) -> None:
+        self._returning[self._actors[index].pid.remote()] = (index, deadline_s)
 
     def _restart(self, call: Any) -> None:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import ActorUnavailableError, RayError
 
-        index, _ = self._returning.pop(call)
+        index, deadline_s = self._returning.pop(call)
         try:
             ray.get(call)
+        except ActorUnavailableError:  # its process is not there yet
+            time.sleep(0.1)
+            self._call_back(index, deadline_s)
         except RayError as error:
             raise CollectionError(f"rollout worker {index} cannot be started again: {_words(error)}") from error
-        self._start(index)
+        else:
+            self._start(index)
 
 
 def _words(error: Exception) -> str:

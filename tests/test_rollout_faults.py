@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from envs.starter import StarterWorld
@@ -50,3 +52,46 @@ def test_a_worker_that_is_slow_to_come_back_is_waited_for(ray_cluster, tmp_path)
         for each in (actor, *hosts):
             ray.kill(each)
     assert Ledger(ledger).keys() == {request.key for request in requests}
+
+
+@pytest.mark.timeout(120)
+def test_an_episode_waits_for_a_host_that_is_slow_to_come_back(ray_cluster, tmp_path):
+    import ray
+
+    from envs.base import EnvError
+    from envs.pool import EnvHost, EnvSpec, RemoteEnv
+
+    class Mortal(EnvHost):
+        """Dies in its first step, and takes its time to come back."""
+
+        def __init__(self, folder):
+            import time
+
+            if (folder / "died").exists():
+                time.sleep(8)
+            super().__init__(EnvSpec())
+            self._folder = folder
+
+        def step(self, slot, action):
+            import os
+
+            if not (self._folder / "died").exists():
+                (self._folder / "died").touch()
+                os._exit(1)
+            return super().step(slot, action)
+
+    [task] = StarterWorld(0).train_tasks(1, seed=0, arithmetic_share=1.0)
+    host = ray.remote(Mortal).options(num_cpus=0, max_restarts=-1).remote(tmp_path)
+    env = RemoteEnv(host, 0, can_preview=True, timeout_s=60)
+
+    async def episode():
+        await env.reset(task, 0)
+        with pytest.raises(EnvError, match="env host died during step"):
+            await env.step("1")
+        await env.reset(task, 0)
+        return await env.step(f"final_answer({task.answer})")
+
+    try:
+        assert asyncio.run(episode()).reward == 1.0
+    finally:
+        ray.kill(host)
