@@ -95,12 +95,10 @@ def load_curation(named: str) -> Curation:
 
 def _filters(path: Path) -> Any:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # whatever the YAML reader finds wrong, in its own classes
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict) or list(plain) != ["filters"]:
         raise UsageError(f"{path} must hold one key, filters, with a list such as [correct, no_parse_error]")

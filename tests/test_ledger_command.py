@@ -352,6 +352,7 @@ def test_what_was_exported_can_be_imported(folder, tmp_path, capsys):
         (("show", "{tmp}/files"), "holds files but no ledger.json"),
         (("show", "{ledger}", "--curation", "srict"), "'srict' is neither a file nor one of none, paper, strict"),
         (("filter", "{ledger}", "--curation", "{tmp}/bad.yaml"), "bad.yaml: filter 'corect' is unknown"),
+        (("filter", "{ledger}", "--curation", "{tmp}/files/y.yaml"), "y.yaml cannot be read: while parsing"),
         (("filter", "{ledger}", "--curation", "{tmp}/files/x.yaml"), "must hold one key, filters"),
         (("filter", "{ledger}", "--curation", "paper", "--out", "{tmp}/files"), "exists and is not empty"),
         (("merge", "{ledger}", "--out", "{ledger}"), "exists and is not empty"),
@@ -369,6 +370,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_made(folder, tmp_path, 
     (tmp_path / "bad.yaml").write_text("filters: [corect]")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "x.yaml").write_text("- correct")
+    (tmp_path / "files" / "y.yaml").write_text("filters: [correct")
     before = contents(str(tmp_path))
     given = [each.format(tmp=tmp_path, ledger=folder) for each in arguments]
     assert says in refused(capsys, *given)
