@@ -395,6 +395,7 @@ def test_a_file_of_no_format_is_one_error_that_names_the_formats(tmp_path):
         (lambda path: lines(path, {"messages": []}), {"format": "gpt"}, "'gpt' is unknown"),
         (lambda path: lines(path, {"messages": []}), {"as_dialect": "react"}, "'code' or 'search'"),
         (lambda path: "s3://bucket/runs.jsonl", {}, "no local file"),
+        (lambda path: lines(path, {"messages": []}), {"tools": {"search": "web search"}}, "'web search'"),
     ],
 )
 def test_what_cannot_be_read_at_all_is_said_at_once(tmp_path, make, options, says):

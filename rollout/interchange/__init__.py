@@ -200,6 +200,9 @@ def read(
     path = _local(path)
     if as_dialect not in ("code", "search"):
         raise InterchangeError(f"as_dialect={as_dialect!r} must be 'code' or 'search'")
+    for action, function in (tools or {}).items():
+        if not function.isidentifier():
+            raise InterchangeError(f"tools: {action!r} becomes {function!r}, which is no name of a function")
     name = detect(path) if format == "auto" else format
     chosen = _format(name)
     options = ReadOptions(
