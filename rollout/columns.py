@@ -78,7 +78,7 @@ class Items:
         lengths = [0 if each is None else len(each) for each in values]
         offsets = np.zeros(len(values) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        if offsets[-1] > np.iinfo(np.int32).max:
+        if offsets[-1] >= 2**31:
             raise ValueError(f"{offsets[-1]} list items in one table; write fewer rows at once")
         items = self._of.build(list(chain.from_iterable(each for each in values if each)))
         mask = None
@@ -119,7 +119,8 @@ class Struct:
 
     def __init__(self, *fields: Field, make: Callable[..., Any], blank: Any = None) -> None:
         self.fields, self._make, self._blank = fields, make, blank
-        self.type = pa.struct([each.arrow() for each in fields])
+        self._arrow = [each.arrow() for each in fields]
+        self.type = pa.struct(self._arrow)
         self.null = blank is not None
 
     def build(self, values: Sequence[Any]) -> pa.Array:
@@ -128,7 +129,7 @@ class Struct:
             mask = pa.array([each is None for each in values], pa.bool_())
             values = [self._blank if each is None else each for each in values]
         arrays = self.build_fields(values)
-        return pa.StructArray.from_arrays(arrays, fields=[each.arrow() for each in self.fields], mask=mask)
+        return pa.StructArray.from_arrays(arrays, fields=self._arrow, mask=mask)
 
     def build_fields(self, values: Sequence[Any]) -> list[pa.Array]:
         return [each.column.build([each.get(value) for value in values]) for each in self.fields]

@@ -36,7 +36,7 @@ from rollout.ledger_manifest import COMPACTED, FAILURES, MANIFESTS, SHARDS, Mani
 from rollout.ledger_shards import READ_ERRORS, LedgerError
 from rollout.records import SCHEMA, from_table, to_table
 from rollout.retries import Attempts, RetryRule, Settled, settle
-from rollout.storage import Storage, StorageError, open_storage
+from rollout.storage import Storage, StorageError, ahead, open_storage
 from rollout.trajectory import FailureClass, Trajectory
 
 if TYPE_CHECKING:
@@ -253,7 +253,8 @@ class Ledger:
         return compact(self)
 
     def compact_if_needed(self) -> CompactionReport | None:
-        """`compact` when small shards have piled up, as at the start of a run. None when nothing needed to be done.
+        """`compact` for a few seconds at most when small shards have piled up, as at the start of a run. None when
+        nothing needed to be done.
 
         A store that is full or read-only costs only the tidying: the report says so."""
         from rollout.ledger_compaction import compact_if_needed
@@ -273,35 +274,36 @@ class Ledger:
     def _whole(self, kind: str, read: Callable[[str], T]) -> list[T]:
         """`read` of every shard of one snapshot; begun again when a compaction takes shards away meanwhile."""
         for _ in range(_REFRESHES):
-            found: list[T] = []
             snapshot = self.snapshot()
-            for shard in snapshot.shards(kind):
-                try:
-                    found.append(read(shard))
-                except READ_ERRORS as error:
-                    self._expect_newer(snapshot, shard, error)
-                    break
-            else:
+            shards = snapshot.shards(kind)
+            found: list[T] = []
+            try:
+                for each in ahead(read, shards, self.storage.width):
+                    found.append(each)
                 return found
-        raise LedgerError(f"{self.storage.uri} was compacted {_REFRESHES} times while it was read")
+            except READ_ERRORS as error:
+                self._expect_newer(snapshot, shards[len(found)], error)
+        raise self._restless()
 
     def _result_tables(self, columns: Sequence[str] | None) -> Iterator[pa.Table]:
         """Rows of all result shards; after a compaction that took some away, those of the new shards again."""
         read: set[str] = set()
         for _ in range(_REFRESHES):
             snapshot = self.snapshot()
-            for shard in snapshot.shards(SHARDS):
-                if shard in read:
-                    continue
-                try:
-                    yield from ledger_shards.tables(self.storage, shard, columns)
-                except READ_ERRORS as error:
-                    self._expect_newer(snapshot, shard, error)
-                    break
-                read.add(shard)
-            else:
+            shards = [shard for shard in snapshot.shards(SHARDS) if shard not in read]
+            done = 0
+            try:
+                for tables in ledger_shards.one_by_one(self.storage, shards, columns):
+                    yield from tables
+                    read.add(shards[done])
+                    done += 1
                 return
-        raise LedgerError(f"{self.storage.uri} was compacted {_REFRESHES} times while it was read")
+            except READ_ERRORS as error:
+                self._expect_newer(snapshot, shards[done], error)
+        raise self._restless()
+
+    def _restless(self) -> LedgerError:
+        return LedgerError(f"{self.storage.uri} was compacted {_REFRESHES} times while it was read")
 
     def _expect_newer(self, snapshot: Snapshot, shard: str, error: Exception) -> None:
         """Returns when a compaction took the shard away; raises `LedgerError` when it is damaged or lost."""

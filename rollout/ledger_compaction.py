@@ -21,16 +21,18 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
 from rollout import ledger_manifest
-from rollout.ledger_manifest import COMPACTED, FAILURES, SHARDS, Manifest, ShardEntry, Snapshot
-from rollout.ledger_shards import READ_ERRORS, damaged, encode, keys, tables
+from rollout.ledger_manifest import COMPACTED, FAILURES, SHARDS, Manifest, ShardEntry, Snapshot, is_compacted
+from rollout.ledger_shards import READ_ERRORS, damaged, encode, keys, one_by_one
 from rollout.storage import Storage
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ FULL_BYTES = 16 * 2**20
 """A compacted shard of this file size is left as it is."""
 MANY = 64
 """So many small shards are compacted at the start of a run."""
+LIMIT_S = 2.0
+"""What compaction may take at the start of a run; later starts, or its end, go on with what is left."""
 _ORPHAN_AGE_S = 6 * 3600.0
 """A merged shard that no manifest names is a compaction in flight until it is this old, or its number is taken."""
 
@@ -65,30 +69,39 @@ class CompactionReport:
     """Why nothing was changed; empty when something was."""
 
 
-def compact_if_needed(ledger: Ledger) -> CompactionReport | None:
+def compact_if_needed(ledger: Ledger, *, limit_s: float | None = LIMIT_S) -> CompactionReport | None:
     """Compacts when there are at least `MANY` small shards of a kind, or leftovers of a compaction that was killed."""
     snapshot = ledger.snapshot()
     stale = any(map(snapshot.is_replaced, (each.name for each in snapshot.listed))) or snapshot.orphans()
-    if not stale and all(len(_sources(snapshot, kind)) < MANY for kind in (SHARDS, FAILURES)):
+    if not stale and all(len(_sources(snapshot, kind, FULL_BYTES)) < MANY for kind in (SHARDS, FAILURES)):
         return None
     try:
-        return compact(ledger)
+        return compact(ledger, limit_s=limit_s)
     except OSError as error:
         return CompactionReport(skipped=f"the store took no larger shards ({error}); the ledger is as it was")
 
 
-def compact(ledger: Ledger, *, target_bytes: int = TARGET_BYTES, full_bytes: int = FULL_BYTES) -> CompactionReport:
-    """Raises `LedgerError` for a shard that cannot be read (nothing is changed then), `OSError` when the store takes no
-    more."""
+def compact(
+    ledger: Ledger,
+    *,
+    target_bytes: int = TARGET_BYTES,
+    full_bytes: int = FULL_BYTES,
+    limit_s: float | None = None,
+) -> CompactionReport:
+    """Takes up no further shard after `limit_s`, about; what it has merged until then counts.
+
+    Raises `LedgerError` for a shard that cannot be read (nothing is changed then), `OSError` when the store takes no
+    more.
+    """
     started, storage, before = time.monotonic(), ledger.storage, ledger.snapshot()
     _tidy(storage, before)
-    sources = {kind: _sources(before, kind, full_bytes) for kind in (SHARDS, FAILURES)}
-    if all(len(names) < 2 for names in sources.values()):
-        return CompactionReport(skipped="there are no small shards to merge", generation=before.manifest.generation)
-    job = _Job(storage, before, target_bytes)
+    ends = started + limit_s if limit_s is not None else float("inf")
+    job = _Job(storage, before, target_bytes, ends)
     try:
-        made = {kind: job.merge(kind, names) for kind, names in sources.items()}
-        manifest = _next(before, sources, made, job.generation)
+        merged = {kind: job.merge(kind, _sources(before, kind, full_bytes)) for kind in (SHARDS, FAILURES)}
+        if not any(each.sources for each in merged.values()):
+            return CompactionReport(skipped="there are no small shards to merge", generation=before.manifest.generation)
+        manifest = _next(before, merged, job.generation)
         won = ledger_manifest.claim(storage, manifest)
     except _Gone:
         won = False
@@ -102,13 +115,21 @@ def compact(ledger: Ledger, *, target_bytes: int = TARGET_BYTES, full_bytes: int
         )
     _tidy(storage, replace(before, manifest=manifest))
     return CompactionReport(
-        merged=sum(len(names) for names in sources.values() if len(names) > 1),
+        merged=sum(len(each.sources) for each in merged.values()),
         made=len(job.written),
         rows=job.rows,
         duplicates=job.duplicates,
         generation=job.generation,
         seconds=time.monotonic() - started,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """What became of the shards of one kind."""
+
+    sources: tuple[str, ...] = ()
+    made: tuple[ShardEntry, ...] = ()
 
 
 class _Gone(Exception):
@@ -118,48 +139,46 @@ class _Gone(Exception):
 class _Job:
     """Writes the merged shards of one compaction, and can take them back."""
 
-    def __init__(self, storage: Storage, before: Snapshot, target_bytes: int) -> None:
-        self._storage, self._before, self._target_bytes = storage, before, target_bytes
+    def __init__(self, storage: Storage, before: Snapshot, target_bytes: int, ends: float) -> None:
+        self._storage, self._before, self._target_bytes, self._ends = storage, before, target_bytes, ends
         self.generation = before.manifest.generation + 1
         self._stem = f"{COMPACTED}{self.generation:06d}-{os.urandom(4).hex()}"
         self.written: list[str] = []
         self.rows = self.duplicates = 0
 
-    def merge(self, kind: str, sources: list[str]) -> list[ShardEntry]:
+    def merge(self, kind: str, sources: list[str]) -> _Merged:
+        """Merges the first of `sources`, two at least: as many as there is time for."""
         if len(sources) < 2:
-            return []
-        entries: list[ShardEntry] = []
+            return _Merged()
+        made: list[ShardEntry] = []
         held: list[pa.Table] = []
-        held_bytes = 0
-        for table in self._fresh(kind, sources):
-            held.append(table)
-            held_bytes += table.nbytes
-            if held_bytes >= self._target_bytes:
-                entries.append(self._write(kind, held))
-                held, held_bytes = [], 0
-        if held:
-            entries.append(self._write(kind, held))
-        return entries
-
-    def _fresh(self, kind: str, sources: list[str]) -> Iterator[pa.Table]:
-        """Rows of the sources in order; of results only those whose key is new."""
-        seen: set[str] = set()
+        held_bytes = count = 0
+        seen: set[str] = set()  # results only: of failures every attempt counts
         for entry in self._before.manifest.entries(kind):
             if kind == SHARDS and entry.name not in sources:
-                seen.update(self._read(entry.name, lambda name: keys(self._storage, name)))
-        for shard in sources:
-            for table in self._read(shard, lambda name: list(tables(self._storage, name))):
-                if kind == SHARDS:
-                    fresh = [key not in seen and not seen.add(key) for key in table.column("key").to_pylist()]
-                    self.duplicates += fresh.count(False)
-                    if not all(fresh):
-                        table = table.filter(pa.array(fresh, pa.bool_()))
-                if table.num_rows:
-                    yield table
+                seen.update(self._read(entry.name, partial(keys, self._storage, entry.name)))
+        with closing(one_by_one(self._storage, sources)) as reading:
+            for shard in sources:
+                if count >= 2 and time.monotonic() > self._ends:
+                    break
+                for table in self._read(shard, lambda: list(next(reading))):
+                    held.append(self._fresh(table, seen) if kind == SHARDS else table)
+                    held_bytes += held[-1].nbytes
+                if held_bytes >= self._target_bytes:
+                    made += self._write(kind, held)
+                    held, held_bytes = [], 0
+                count += 1
+        return _Merged(tuple(sources[:count]), (*made, *self._write(kind, held)))
 
-    def _read(self, shard: str, read: Callable[[str], T]) -> T:
+    def _fresh(self, table: pa.Table, seen: set[str]) -> pa.Table:
+        """The rows whose key is new."""
+        fresh = [key not in seen and not seen.add(key) for key in table.column("key").to_pylist()]
+        self.duplicates += fresh.count(False)
+        return table if all(fresh) else table.filter(pa.array(fresh, pa.bool_()))
+
+    def _read(self, shard: str, read: Callable[[], T]) -> T:
         try:
-            return read(shard)
+            return read()
         except FileNotFoundError as error:
             if ledger_manifest.latest(self._storage).generation == self._before.manifest.generation:
                 raise damaged(self._storage, shard, error) from error
@@ -167,35 +186,36 @@ class _Job:
         except READ_ERRORS as error:
             raise damaged(self._storage, shard, error) from error
 
-    def _write(self, kind: str, held: list[pa.Table]) -> ShardEntry:
-        table = pa.concat_tables(held)
-        data = encode(table.combine_chunks())
+    def _write(self, kind: str, held: list[pa.Table]) -> list[ShardEntry]:
+        """One shard; none when nothing is left of the rows."""
+        if not any(each.num_rows for each in held):
+            return []
+        table = pa.concat_tables(held).combine_chunks()
+        data = encode(table)
         name = f"{kind}/{self._stem}-{len(self.written) + 1:04d}.parquet"
-        self._storage.publish({name: data}, by="compaction")
         self.written.append(name)
+        self._storage.publish({name: data}, by="compaction")
         self.rows += table.num_rows
-        return ShardEntry(name=name, rows=table.num_rows, size_bytes=data.size, sha256=hashlib.sha256(data).hexdigest())
+        digest = hashlib.sha256(data).hexdigest()
+        return [ShardEntry(name=name, rows=table.num_rows, size_bytes=data.size, sha256=digest)]
 
     def undo(self) -> None:
-        for name in self.written:
-            try:
-                self._storage.remove(name)
-            except OSError:
-                pass  # no manifest names it, so it is ignored, and removed by the next compaction
+        try:
+            self._storage.remove(*self.written)
+        except OSError:
+            pass  # no manifest names them, so they are ignored, and removed by a later compaction
 
 
-def _sources(snapshot: Snapshot, kind: str, full_bytes: int = FULL_BYTES) -> list[str]:
+def _sources(snapshot: Snapshot, kind: str, full_bytes: int) -> list[str]:
     """What is worth merging, in order of reading: compacted shards that are small, and all that writers left."""
     small = [entry.name for entry in snapshot.manifest.entries(kind) if entry.size_bytes < full_bytes]
     return small + [each.name for each in snapshot.loose(kind)]
 
 
-def _next(
-    before: Snapshot, sources: dict[str, list[str]], made: dict[str, list[ShardEntry]], generation: int
-) -> Manifest:
-    merged = {kind: set(names) if len(names) > 1 else set() for kind, names in sources.items()}
+def _next(before: Snapshot, merged: dict[str, _Merged], generation: int) -> Manifest:
+    gone = {name for each in merged.values() for name in each.sources}
     entries = {
-        kind: tuple(each for each in before.manifest.entries(kind) if each.name not in merged[kind]) + tuple(made[kind])
+        kind: (*(each for each in before.manifest.entries(kind) if each.name not in gone), *merged[kind].made)
         for kind in (SHARDS, FAILURES)
     }
     listed = {each.name for each in before.listed}
@@ -204,7 +224,7 @@ def _next(
         results=entries[SHARDS],
         failures=entries[FAILURES],
         # Those of before whose removal was cut short stay replaced for as long as they are there.
-        replaced=frozenset((before.manifest.replaced & listed).union(*merged.values())),
+        replaced=frozenset((before.manifest.replaced & listed) | gone),
         created=datetime.now(UTC).isoformat(),
     )
 
@@ -212,14 +232,10 @@ def _next(
 def _tidy(storage: Storage, snapshot: Snapshot) -> None:
     """Remove what the manifest replaces, and what compactions left that were killed or lost."""
     old = time.time() - _ORPHAN_AGE_S
-    for each in snapshot.listed:
-        dead = is_abandoned(each.name, snapshot) and each.modified_s < old
-        if snapshot.is_replaced(each.name) or dead:
-            storage.remove(each.name)
-    for each in snapshot.orphans():
-        storage.remove(each.name)
-
-
-def is_abandoned(name: str, snapshot: Snapshot) -> bool:
-    """A merged shard that no manifest names; it may be one in flight."""
-    return ledger_manifest.is_compacted(name) and name not in snapshot.manifest.names
+    named = snapshot.manifest.names
+    dead = {found.name for found in snapshot.orphans()}
+    for found in snapshot.listed:
+        abandoned = is_compacted(found.name) and found.name not in named and found.modified_s < old
+        if abandoned or snapshot.is_replaced(found.name):
+            dead.add(found.name)
+    storage.remove(*sorted(dead))

@@ -116,11 +116,12 @@ class Snapshot:
 
     def orphans(self) -> list[Stored]:
         """Files of compactions that the manifest does not name, whose number is taken: nobody will ever name them."""
+        named = self.manifest.names
         return [
             each
             for each in self.listed
             if is_compacted(each.name)
-            and each.name not in self.manifest.names
+            and each.name not in named
             and generation_of(each.name) <= self.manifest.generation
         ]
 

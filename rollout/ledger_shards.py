@@ -11,16 +11,21 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.records import SCHEMA_VERSION, current, schema_version
-from rollout.storage import Storage
+from rollout.records import SCHEMA, SCHEMA_VERSION, current, schema_version
+from rollout.storage import Storage, ahead
 
 ROW_GROUP = 512
 """Rows."""
+_AHEAD = 4
+"""Shards that are in memory at once, whole, when they are fetched ahead."""
+_FILTERED = [field.name for field in SCHEMA if not pa.types.is_nested(field.type)]
+"""Columns with statistics, which let tools skip row groups; in nested ones they help nobody and cost a third of the
+footer."""
 READ_ERRORS = (pa.ArrowException, OSError, ValueError)
 """What reading a damaged shard raises; `FileNotFoundError`, one that is gone, is among them."""
 
@@ -49,6 +54,16 @@ def tables(storage: Storage, shard: str, columns: Sequence[str] | None = None) -
             if lacking:
                 table = current(table)
             yield table if columns is None else table.select(list(columns))
+
+
+def one_by_one(
+    storage: Storage, shards: Sequence[str], columns: Sequence[str] | None = None
+) -> Generator[Iterable[pa.Table]]:
+    """`tables` of one shard after the other. Over a network some shards are fetched ahead."""
+    if storage.width == 1:
+        yield from (tables(storage, shard, columns) for shard in shards)
+    else:
+        yield from ahead(lambda shard: list(tables(storage, shard, columns)), shards, min(_AHEAD, storage.width))
 
 
 def keys(storage: Storage, shard: str) -> list[str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 
-from rollout.storage import StorageError, Stored, is_leftover
+from rollout.storage import StorageError, Stored, ahead, is_leftover
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -35,6 +36,8 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 15.0
 """For a request that makes no progress; with all attempts, a store that hangs is given up within some two minutes."""
 ATTEMPTS = 3
+WIDTH = 16
+"""Requests at once: each takes some tens of milliseconds, whatever its size."""
 _CLAIM_AGE_S = 600.0
 """A claim that is older belongs to somebody who was killed; far above what one takes."""
 _S3_OPTIONS = {"region", "endpoint_override", "scheme", "tls_ca_file_path"}
@@ -45,6 +48,7 @@ class ObjectStorage:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.split("?")[0].rstrip("/")
+        self.width = WIDTH
         parts = urlsplit(uri)
         self._scheme, self._bucket = parts.scheme, parts.netloc
         if "@" in parts.netloc:
@@ -55,6 +59,7 @@ class ObjectStorage:
         if unknown := sorted(set(self._options) - known):
             raise ValueError(f"{self.uri}: unknown option {unknown[0]!r}; a URI may have {', '.join(sorted(known))}")
         self._connected: Any = None
+        self._connecting = threading.Lock()
 
     # -- reading
 
@@ -113,11 +118,10 @@ class ObjectStorage:
                 put.append(name)
                 self._put(name, data)
         except BaseException:
-            for name in put:
-                try:
-                    self.remove(name)
-                except OSError:
-                    pass  # the store is away; what it did take has a name of its own
+            try:
+                self.remove(*put)  # the last one too: its answer may have been lost on the way
+            except OSError:
+                pass  # the store is away
             raise
 
     def claim(self, name: str, data: bytes) -> bool:
@@ -153,7 +157,11 @@ class ObjectStorage:
     def replace(self, name: str, data: bytes) -> None:
         self._put(name, data)
 
-    def remove(self, name: str) -> None:
+    def remove(self, *names: str) -> None:
+        for _ in ahead(self._remove, names, min(self.width, len(names))):
+            pass
+
+    def _remove(self, name: str) -> None:
         with self._told("remove from"):
             try:
                 self._fs().delete_file(f"{self._root}/{name}")
@@ -168,9 +176,10 @@ class ObjectStorage:
     # -- the connection
 
     def _fs(self) -> pyarrow.fs.FileSystem:
-        if self._connected is None:
-            self._connected = self._s3() if self._scheme == "s3" else self._gcs()
-        return self._connected
+        with self._connecting:
+            if self._connected is None:
+                self._connected = self._s3() if self._scheme == "s3" else self._gcs()
+            return self._connected
 
     def _s3(self) -> pyarrow.fs.FileSystem:
         from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem

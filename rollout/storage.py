@@ -15,12 +15,16 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
+
+T = TypeVar("T")
 
 _OBJECT_STORE = re.compile(r"(s3|gs|gcs):/+(?=[^/])")
 
@@ -45,6 +49,8 @@ class Storage(Protocol):
 
     uri: str
     """As it was named."""
+    width: int
+    """So many requests at once are worth while: each one waits for a network, or none does."""
 
     def empty(self) -> bool:
         """Nothing is there, leftovers apart; the place itself may be missing."""
@@ -79,8 +85,8 @@ class Storage(Protocol):
         """Readers see the old content or the new one."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Nothing happens when it is gone already."""
+    def remove(self, *names: str) -> None:
+        """Nothing happens for what is gone already."""
         ...
 
     def leftovers(self, *folders: str) -> list[Stored]:
@@ -103,12 +109,30 @@ def open_storage(where: str | Path) -> Storage:
     return FolderStorage(Path(text))
 
 
+def ahead(work: Callable[[str], T], names: Iterable[str], width: int) -> Iterator[T]:
+    """`map`, with up to `width` calls in flight in threads, results in order. A call's error is raised in its turn."""
+    if width <= 1:
+        yield from map(work, names)
+        return
+    waiting: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(width, thread_name_prefix="ledger")
+    try:
+        for name in names:
+            waiting.append(pool.submit(work, name))
+            if len(waiting) >= width:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class FolderStorage:
     """A folder, on a local or a network file system. Files are written aside, synced, linked to their name, and the
     folder is synced, so a call that has returned survives a crash of the machine."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self.uri = folder, str(folder)
+        self._folder, self.uri, self.width = folder, str(folder), 1
 
     def empty(self) -> bool:
         try:
@@ -186,8 +210,9 @@ class FolderStorage:
             temporary.unlink(missing_ok=True)
         _sync(target.parent)
 
-    def remove(self, name: str) -> None:
-        (self._folder / name).unlink(missing_ok=True)
+    def remove(self, *names: str) -> None:
+        for name in names:
+            (self._folder / name).unlink(missing_ok=True)
 
 
 def is_leftover(name: str) -> bool:

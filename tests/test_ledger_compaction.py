@@ -105,6 +105,16 @@ def test_a_run_compacts_at_its_start_when_small_shards_have_piled_up(tmp_path: P
     assert Ledger(tmp_path).compact_if_needed() is None
 
 
+def test_a_compaction_whose_time_is_up_keeps_what_it_has_merged_and_the_next_goes_on(tmp_path: Path) -> None:
+    keys = fill(tmp_path, 5)
+    before = list(Ledger(tmp_path).trajectories())
+    assert compact(Ledger(tmp_path), limit_s=0.0).merged == 2
+    assert list(Ledger(tmp_path).trajectories()) == before
+    assert len(files(tmp_path)) == 4
+    assert Ledger(tmp_path).compact().merged == 4
+    assert list(Ledger(tmp_path).trajectories()) == before and Ledger(tmp_path).count() == len(keys)
+
+
 def test_a_writer_opened_before_or_after_a_compaction_never_hits_a_name_that_is_replaced(tmp_path: Path) -> None:
     before = LedgerWriter(tmp_path, writer="w")
     before.append([trajectory("a")])
