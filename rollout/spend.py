@@ -189,7 +189,7 @@ class _Reservation:
 class SpendMeter:
     """The count itself. Not thread-safe: of one event loop, or a Ray actor of its own (one call at a time).
 
-    `path` is where what was spent is kept: a local file (JSON lines) or an `s3://` URI; None keeps it in memory.
+    `path` is where what was spent is kept: a local file (JSON lines) or an `s3://` URI of one; None keeps it in memory.
     Reservations are not kept: those of a meter that died are gone, those of a worker that died end with their lease and
     count as lost. Raises `ValueError` for a path that holds something else, or that another meter uses.
     """

@@ -1,8 +1,10 @@
-"""Where a `SpendMeter` keeps what was spent: `Charge`, and logs of them in memory or in a local file.
+"""Where a `SpendMeter` keeps what was spent: `Charge`, and logs of them in memory, in a local file or in an object
+store.
 
 The local file is JSON lines, one for each answered call, written at once and never changed: a killed process loses at
 most the line that it was writing, which is skipped when the file is read. Opening it again replaces the lines by one
-sum for each model.
+sum for each model. An object store cannot append: there the sums are written anew every `SAVE_EVERY_S`, which is what
+a killed process can lose.
 
 It holds names of models and numbers: no prompt, no answer, no key.
 
@@ -18,10 +20,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
+
+SAVE_EVERY_S = 2.0
+_ELSEWHERE = re.compile(r"[a-z0-9]+:/+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +66,8 @@ def open_spend_log(path: str | Path | None) -> SpendLog:
     """Raises `ValueError` for a path that cannot be used."""
     if path is None:
         return MemoryLog()
-    if "://" in str(path):
-        raise ValueError(f"the spend log {path} must be a local file")
+    if _ELSEWHERE.match(str(path)):
+        return ObjectLog(str(path))
     return FileLog(Path(path))
 
 
@@ -92,11 +99,12 @@ class FileLog:
         self._file: IO[bytes] | None = None
 
     def load(self) -> list[tuple[str, Charge]]:
-        found = _parsed(self._path)
-        sums = _sums(charge for _, charge in found)
+        found = _parsed(self._path.read_bytes() if self._path.exists() else b"", self._path)
+        sums: dict[tuple[str, bool], Charge] = {}
+        _add(sums, (charge for _, charge in found))
         fresh = self._path.with_name(self._path.name + ".new")
         with fresh.open("wb") as file:
-            file.write(b"".join(_line("", charge) for charge in sums))
+            file.write(b"".join(_line("", charge) for charge in sums.values()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, self._path)
@@ -113,6 +121,70 @@ class FileLog:
             self._file.close()
             self._file = None
         self._lock.close()
+
+
+class ObjectLog:
+    """One object of sums in an `s3://` or `gs://` store, of one process at a time, written by a thread of its own.
+    Raises `ValueError` for a URI that cannot be used."""
+
+    def __init__(self, uri: str) -> None:
+        from rollout.storage import open_storage
+
+        self._uri = uri
+        place, mark, options = uri.partition("?")
+        folder, _, self._name = place.rpartition("/")
+        self._storage = open_storage(folder + mark + options)
+        self._sums: dict[tuple[str, bool], Charge] = {}
+        self._changed = False
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def load(self) -> list[tuple[str, Charge]]:
+        try:
+            data = self._storage.read(self._name)
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            raise ValueError(f"the spend log {self._uri} cannot be read: {error}") from error
+        found = _parsed(data, self._uri)
+        _add(self._sums, (charge for _, charge in found))
+        self._save()  # a store that cannot be written to is an error now, not later
+        self._thread = threading.Thread(target=self._run, name="spend-log", daemon=True)
+        self._thread.start()
+        return found
+
+    def append(self, reservation: str, charge: Charge) -> None:
+        with self._lock:
+            if self._closed.is_set():
+                raise ValueError(f"the spend log {self._uri} is closed")
+            _add(self._sums, [charge])
+            self._changed = True
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            if self._thread is not None:
+                self._thread.join()
+                self._save()
+
+    def _run(self) -> None:
+        while not self._closed.wait(SAVE_EVERY_S):
+            with contextlib.suppress(OSError, ValueError):  # it is tried again, and `close` says so if it stays
+                self._save()
+
+    def _save(self) -> None:
+        with self._lock:
+            if not self._changed and self._thread is not None:
+                return
+            data = b"".join(_line("", charge) for charge in self._sums.values())
+            self._changed = False
+        try:
+            self._storage.replace(self._name, data)
+        except OSError as error:
+            with self._lock:
+                self._changed = True
+            raise ValueError(f"the spend log {self._uri} cannot be written: {error}") from error
 
 
 def _locked(file: IO[bytes]) -> bool:
@@ -135,8 +207,8 @@ def _line(reservation: str, charge: Charge) -> bytes:
     return json.dumps({"id": reservation, **fields}, separators=(",", ":")).encode() + b"\n"
 
 
-def _parsed(path: Path) -> list[tuple[str, Charge]]:
-    lines = path.read_bytes().splitlines() if path.exists() else []
+def _parsed(data: bytes, path: str | Path) -> list[tuple[str, Charge]]:
+    lines = data.splitlines()
     found: list[tuple[str, Charge]] = []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the line that a killed process was writing
@@ -154,14 +226,12 @@ def _checked(charge: Charge) -> Charge:
     return charge
 
 
-def _sums(charges: Iterable[Charge]) -> list[Charge]:
-    """One for each model, and one for its lost calls."""
-    sums: dict[tuple[str, bool], Charge] = {}
+def _add(sums: dict[tuple[str, bool], Charge], charges: Iterable[Charge]) -> None:
+    """One sum for each model, and one for its lost calls."""
     for charge in charges:
         key = (charge.model, charge.lost)
         before = sums.get(key)
         sums[key] = charge if before is None else _added(before, charge)
-    return list(sums.values())
 
 
 def _added(one: Charge, other: Charge) -> Charge:

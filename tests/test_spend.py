@@ -9,12 +9,14 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rollout.policy import PolicyError
-from rollout.spend import BudgetExceeded, Charge, LocalMeter, Prices, SpendCap, SpendMeter
+from rollout.spend import BudgetExceeded, Charge, LocalMeter, Prices, RemoteMeter, SpendCap, SpendMeter
 from rollout.trajectory import FailureClass
 
 
@@ -206,3 +208,100 @@ def test_a_file_that_is_something_else_is_refused_and_left_alone(tmp_path: Path)
     with pytest.raises(ValueError, match="is no spend log"):
         SpendMeter(path=path)
     assert path.read_text() == "dear diary\ntoday\n"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3-compatible server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in {**names, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs"
+    finally:
+        server.stop()
+
+
+def test_what_was_spent_is_kept_in_an_object_store(bucket: str) -> None:
+    path = f"{bucket}/seven/spend.jsonl"
+    for i in range(3):
+        meter = SpendMeter(SpendCap(usd=0.05), path)
+        assert meter.snapshot().requests == 10 * i
+        for _ in range(10):
+            meter.settle(os.urandom(4).hex(), charge(usd=0.001))
+        meter.close()
+    with pytest.raises(BudgetExceeded):
+        SpendMeter(SpendCap(usd=0.03), path).try_reserve("x", charge(usd=0.001))
+
+
+def test_a_store_that_cannot_be_used_is_an_error_at_once(bucket: str) -> None:
+    with pytest.raises(ValueError, match="the spend log s3://nowhere/spend.jsonl cannot be"):
+        SpendMeter(path="s3://nowhere/spend.jsonl")
+
+
+# -- one meter for a cluster
+
+
+def test_clients_in_other_processes_share_one_meter(ray_cluster: Any, tmp_path: Path) -> None:
+    actor = ray_cluster.remote(SpendMeter).options(num_cpus=0).remote(SpendCap(usd=1.0), tmp_path / "spend.jsonl")
+
+    @ray_cluster.remote(num_cpus=0)
+    class Client:
+        """Names nothing of this file, which its process cannot import."""
+
+        def __init__(self, handle: Any) -> None:
+            from rollout.spend import RemoteMeter
+
+            self._meter = RemoteMeter(handle)
+
+        async def spend(self, calls: int) -> int:
+            """How many calls were within the budget."""
+            import asyncio
+
+            from rollout.spend import BudgetExceeded, Charge
+
+            async def call() -> int:
+                try:
+                    reservation = await self._meter.reserve(
+                        Charge(model="m", prompt_tokens=2, completion_tokens=0, usd=0.02)
+                    )
+                except BudgetExceeded as error:
+                    assert type(error) is BudgetExceeded
+                    return 0
+                await self._meter.settle(reservation, Charge(model="m", prompt_tokens=1, completion_tokens=0, usd=0.01))
+                return 1
+
+            return sum(await asyncio.gather(*(call() for _ in range(calls))))
+
+    clients = [Client.remote(actor) for _ in range(2)]
+    made = ray_cluster.get([client.spend.remote(80) for client in clients], timeout=60)
+    spent = ray_cluster.get(actor.snapshot.remote(), timeout=60)
+    for client in clients:
+        ray_cluster.kill(client)
+    assert spent.requests == sum(made)
+    assert 0.98 <= spent.spent_usd <= 1.0 + 1e-9
+    assert "of $1" in str(spent)
+    ray_cluster.get(actor.close.remote(), timeout=60)
+    ray_cluster.kill(actor)
+
+
+def test_a_meter_that_is_gone_stops_the_spending(ray_cluster: Any) -> None:
+    actor = ray_cluster.remote(SpendMeter).options(num_cpus=0).remote()
+    meter = pickle.loads(pickle.dumps(RemoteMeter(actor, timeout_s=20)))
+
+    async def scenario() -> None:
+        await meter.release(await meter.reserve(charge()))
+        ray_cluster.kill(actor)
+        with pytest.raises(PolicyError, match="the spend meter does not answer") as caught:
+            async with asyncio.timeout(60):
+                await meter.reserve(charge())
+        assert caught.value.failure_class is FailureClass.ENGINE
+
+    asyncio.run(scenario())
