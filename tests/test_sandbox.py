@@ -586,13 +586,15 @@ def test_state_that_cannot_be_forked_a_second_time_is_an_observation(session: Se
     assert run(session, "globals().get('x', 'gone')").value == value
 
 
-def test_preview_more_leaves_nothing_behind(session: Session):
-    before = descendants(os.getpid())
+def test_preview_more_leaves_nothing_behind(sandbox: Sandbox, session: Session):
+    assert sandbox.zygote_pid is not None
+    zygote = sandbox.zygote_pid
+    before = descendants(zygote)
     for _ in range(3):
         session.preview(["x = 1", "x = 2"], no_tools)
         session.preview_more(["x = 3", "x = 4"], no_tools)
         session.commit(3)
-    assert wait_until(lambda: len(descendants(os.getpid())) == len(before))
+    assert wait_until(lambda: len(descendants(zygote)) == len(before))
 
 
 def test_candidates_share_no_file_offset(session: Session):
