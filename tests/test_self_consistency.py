@@ -95,7 +95,7 @@ candidate_lists = st.lists(st.sampled_from([*ACTIONS, None]), min_size=2, max_si
 tables = st.fixed_dictionaries({action: st.sampled_from(["one", "two", None]) for action in ACTIONS})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(bodies=candidate_lists, table=tables, data=st.data())
 def test_the_majority_is_what_it_is_without_early_stop(bodies, table, data):
     likely = data.draw(st.lists(st.floats(-9, 0), min_size=len(bodies), max_size=len(bodies)))
@@ -114,7 +114,7 @@ def test_the_majority_is_what_it_is_without_early_stop(bodies, table, data):
     assert step.agreement <= full.agreement
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(bodies=candidate_lists)
 def test_the_first_wave_is_the_smallest_that_could_decide(bodies):
     first, rest = waves(bodies, None)
