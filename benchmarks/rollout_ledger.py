@@ -1,6 +1,6 @@
 """The ledger's numbers: rows appended per second, and how long a run of 100,000 recorded episodes takes to resume.
 
-python benchmarks/rollout_ledger.py            # some two minutes and 3 GB of disk, under --folder
+python benchmarks/rollout_ledger.py            # some three minutes and 2 GB of disk, under --folder
 python benchmarks/rollout_ledger.py --quick    # a tenth of the rows, three repetitions
 
 Trajectories are as agents leave them: three steps of 200 sampled tokens with their ids, log-probabilities and prompt
@@ -8,10 +8,11 @@ ids, and every one differs from the others. Appending is all of it: Arrow, Parqu
 thread; in batches of 64, the most that a worker writes at once, of 8, and of 512. The disk's own share is measured
 beside it: the same bytes written and synced in files of the same size.
 
-Resuming is what `rollout.collector` does before it runs anything: open the ledger, find done and given-up keys, compare
-them with the 100,000 requests of the run, of which the last hundredth is missing; in a process of its own each time,
-whose imports are not counted. Once as a killed run left the ledger, in shards of 64 rows, and once compacted. Files are
-in the page cache.
+Resuming is what a collection does before it runs anything: open the ledger, tidy it for the seconds that the start of a
+run may take, find done and given-up keys, compare them with the episodes of the run, of which the last hundredth is
+missing; in a process of its own each time, whose imports are not counted. From a ledger as a killed run left it, in
+shards of 64 rows, afresh each time; from the same without tidying; and once it is compacted. Files are in the page
+cache.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def appended_per_s(folder: Path, rows: Sequence[Trajectory], batch: int) -> floa
     return len(rows) / (time.perf_counter() - started)
 
 
-def synced_per_s(folder: Path, rows: int, batch: int) -> float:
+def synced_per_s(folder: Path, rows: int) -> float:
     """What the disk alone could do: the shards of `appended_per_s`, written and synced again."""
     shards = [path.read_bytes() for path in sorted((folder / "shards").iterdir())]
     target = folder / "again"
@@ -155,25 +156,27 @@ def fill(folder: Path, rows: int) -> None:
 
 _RESUME = """
 import json, sys, time
-from pathlib import Path
+import pyarrow.parquet
+import rollout.ledger_compaction
 from benchmarks.rollout_ledger import key
-from envs.base import Task
 from rollout.ledger import Ledger
 from rollout.retries import RetryRule
-from rollout.trajectory import trajectory_key
-folder, rows = sys.argv[1], int(sys.argv[2])
+folder, rows, tidy = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "tidy"
 wanted = [key(number) for number in range(rows + rows // 100)]
 started = time.perf_counter()
-settled = Ledger(folder).settled(RetryRule())
+ledger = Ledger(folder)
+if tidy:
+    ledger.compact_if_needed()
+settled = ledger.settled(RetryRule())
 missing = [each for each in wanted if each not in settled]
 print(json.dumps([time.perf_counter() - started, len(missing), len(settled.done)]))
 """
 
 
-def resumed_s(folder: Path, rows: int) -> float:
+def resumed_s(folder: Path, rows: int, *, tidy: bool = True) -> float:
     """From opening the ledger to the list of missing episodes, in a fresh process."""
     done = subprocess.run(
-        [sys.executable, "-c", _RESUME, str(folder), str(rows)],
+        [sys.executable, "-c", _RESUME, str(folder), str(rows), "tidy" if tidy else ""],
         cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,
         text=True,
@@ -201,9 +204,13 @@ def _append_rows(place: Path, repeats: int) -> list[Row]:
     for batch in (WORKER_BATCH, 8, 512):
         count = len(sample) if batch > 8 else 512
         rates, disk = [], []
+        busy_s = 0.0
         for _ in range(repeats):
+            before_s = time.thread_time()
             rates.append(appended_per_s(place / "append", sample[:count], batch))
-            disk.append(synced_per_s(place / "append", count, batch))
+            busy_s += time.thread_time() - before_s
+            disk.append(synced_per_s(place / "append", count))
+        busy_ms = busy_s * 1e3 / (repeats * count)
         rate = statistics.median(rates)
         size = sum(path.stat().st_size for path in (place / "append" / "shards").iterdir()) / count
         goal = batch != 8
@@ -214,8 +221,8 @@ def _append_rows(place: Path, repeats: int) -> list[Row]:
                 unit="trajectories/s",
                 goal=f">= {APPEND_GOAL:,.0f}" if goal else "",
                 kept=rate >= APPEND_GOAL if goal else None,
-                beside=f"disk alone {statistics.median(disk):,.0f}/s; {size / 1024:.1f} KiB a trajectory; "
-                f"{min(rates):,.0f} to {max(rates):,.0f}",
+                beside=f"{min(rates):,.0f} to {max(rates):,.0f}; disk alone {statistics.median(disk):,.0f}/s; each "
+                f"{busy_ms:.2f} ms of processor, {size / 1024:.1f} KiB",
             )
         )
     return found
@@ -225,15 +232,20 @@ def _resume_rows(place: Path, repeats: int, resumed: int) -> list[Row]:
     folder = place / "resume"
     fill(folder, resumed)
     shards = math.ceil(resumed / WORKER_BATCH)
-    killed = [resumed_s(folder, resumed) for _ in range(repeats)]
-    started = time.perf_counter()
+    untidied = [resumed_s(folder, resumed, tidy=False) for _ in range(repeats)]
+    killed = []
+    for i in range(repeats):  # tidying removes files: each time from the same ledger, whose files are linked
+        again = place / f"again-{i}"
+        shutil.copytree(folder, again, copy_function=os.link)
+        killed.append(resumed_s(again, resumed))
+        shutil.rmtree(again)
     report = Ledger(folder).compact()
-    compaction_s = time.perf_counter() - started
     compacted = [resumed_s(folder, resumed) for _ in range(repeats)]
     return [
         _resume_row(f"resume of {resumed:,} rows, left by a killed run", killed, f"{shards:,} shards"),
-        _resume_row(f"resume of {resumed:,} rows, compacted", compacted, f"{report.made} shards"),
-        Row(what=f"compaction of {resumed:,} rows", measured=compaction_s, unit="s", beside=f"{shards:,} shards"),
+        _resume_row("the same, nothing tidied", untidied, f"{shards:,} shards"),
+        _resume_row("the same, compacted", compacted, f"{report.made} shards"),
+        Row(what="compacting all of it", measured=report.seconds, unit="s", beside=f"{report.merged:,} shards"),
     ]
 
 
