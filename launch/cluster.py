@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+START_S = 300.0
 
 
 class ClusterError(RuntimeError):
@@ -30,8 +31,12 @@ class ClusterError(RuntimeError):
 
 
 @contextmanager
-def ray_cluster(config: ClusterConfig) -> Iterator[str]:
-    """Connects to (or starts) Ray; yields what it is, for people. Leaves nothing of its own behind."""
+def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iterator[str]:
+    """Connects to (or starts) Ray; yields what it is, for people. Leaves nothing of its own behind.
+
+    `variables` of the environment (keys, an object store's address) that are set here must be set in its workers too.
+    Raises `ClusterError`.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     address = config.address or os.environ.get("RAY_ADDRESS", "")
@@ -63,6 +68,30 @@ def ray_cluster(config: ClusterConfig) -> Iterator[str]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_stop)  # ray.init puts a handler of its own there
     try:
+        _check_variables([name for name in variables if os.environ.get(name)] if address else [])
         yield what
     finally:
         ray.shutdown()
+
+
+def _check_variables(names: Sequence[str]) -> None:
+    """Workers of a local Ray have this process' environment; those of a cluster have their node's, and the job's."""
+    if not names:
+        return
+    import ray
+
+    look = ray.remote(num_cpus=0)(_unset)
+    try:
+        unset = ray.get(look.remote(list(names)), timeout=START_S)
+    except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
+        raise ClusterError(f"the cluster runs nothing for us: {str(error).strip().splitlines()[-1]}") from None
+    if unset:
+        variables = ", ".join(f'"{name}": "..."' for name in unset)
+        raise ClusterError(
+            f"{', '.join(unset)}: set here, but not where the cluster's workers run; set it on the nodes, or submit "
+            f"the job with --runtime-env-json '{{\"env_vars\": {{{variables}}}}}'"
+        )
+
+
+def _unset(names: list[str]) -> list[str]:
+    return [name for name in names if not os.environ.get(name)]

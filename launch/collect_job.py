@@ -111,7 +111,7 @@ def _collect(
     config: CollectConfig, folder: CollectFolder, world: World, assigned: Sequence[Assignment], view: LiveView
 ) -> tuple[str, SpendSnapshot | None]:
     """Why it ended early, or "", and what was spent."""
-    with ray_cluster(config.cluster) as what:
+    with ray_cluster(config.cluster, variables=config.variables()) as what:
         view.say(f"Ray: {what}")
         meter = JobMeter.start(config, folder.spend)
         environments = Environments.start(config, world.retriever, slots=[each.slots(config) for each in assigned])
@@ -152,7 +152,7 @@ def _until(collection: JointCollection, meter: JobMeter | None, view: LiveView, 
 def figures(seen: CollectProgress, spent: SpendSnapshot | None = None) -> dict[str, str]:
     """What a person wants to know while it runs."""
     per_s = seen.recorded / max(seen.elapsed_s, 1e-9)
-    running = sum(worker.running for worker in seen.workers.values())
+    running = min(seen.running, sum(worker.running for worker in seen.workers.values()))
     limit = sum(worker.limit for worker in seen.workers.values())
     shown = {
         "episodes": f"{seen.finished:,}/{seen.total:,}",

@@ -20,6 +20,13 @@ from rollout.retries import RetryRule
 from rollout.spend import SpendCap
 
 DIALECT_OF_ENV = {"code": "code", "answer": "cot", "tool": "tool", "search": "search"}
+STORE_VARIABLES = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +209,14 @@ class JobConfig:
     def all_teachers(self) -> tuple[TeacherShare, ...]:
         return self.teachers or (TeacherShare(teacher=self.teacher),)
 
+    def variables(self) -> list[str]:
+        """Of the environment: keys of endpoints, and how object stores are reached; workers need them too."""
+        specs = [share.teacher for share in self.all_teachers]
+        names = [spec.api_key_env for spec in specs if spec.kind not in ("expert", "vllm")]
+        if self.env.judge is not None:
+            names.append(self.env.judge.api_key_env)
+        return list(dict.fromkeys(names))
+
     def episodes_of(self, tasks: int) -> int:
         """How many episodes a collection of so many tasks has."""
         return tasks * self.rollout.samples * (len(self.all_teachers) if self.share == "all" else 1)
@@ -239,3 +254,6 @@ class CollectConfig(JobConfig):
         JobConfig.__post_init__(self)
         if self.tasks.source == "files" and not getattr(self.tasks, self.split):
             raise ValueError(f"source 'files' needs at least one file in tasks.{self.split}")
+
+    def variables(self) -> list[str]:
+        return JobConfig.variables(self) + (STORE_VARIABLES if "://" in self.out else [])

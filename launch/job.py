@@ -61,7 +61,7 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
         _show(view, json.loads(folder.results.read_text()), folder)
         return
     try:
-        with ray_cluster(config.cluster) as what:
+        with ray_cluster(config.cluster, variables=config.variables()) as what:
             view.say(f"Ray: {what}")
             assigned = assignments(config, world.train, Ledger(folder.ledger))
             environments = start_environments(config, world, assigned)

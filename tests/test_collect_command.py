@@ -1,0 +1,302 @@
+"""`launch/collect.py` as its user runs it: what it refuses, killed and run again, several teachers, a spend cap, a
+bucket, an interrupt. The jobs share this session's Ray; they are its drivers, not its owners."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_server import FaultServer
+
+from envs.base import Task
+from launch.collect import main
+from launch.collect_summary import summarise, summary_table
+from launch.config import CollectConfig
+from launch.config_reading import load_config
+from rollout.curation import Curation
+from rollout.ledger import Ledger, LedgerWriter
+from rollout.retries import RetryRule
+from rollout.trajectory import Failure, FailureClass, StopReason, Trajectory, Usage
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["retrieval.kind=bm25", "rollout.concurrency=8"]
+WRONG = "Thought: I know.\nCode:\n```py\nfinal_answer(1)\n```<end_code>"
+
+
+# -- what needs no Ray
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["learner.epochs=3"], "config learner: a collection has none"),
+        (["run_dir=x"], "say where with out="),
+        (["teachers=[{teacher: {kind: expert}, wieght: 2}]"], "config teachers.wieght: unknown key"),
+        (["teachers=[{teacher: {kind: expert}, weight: 0}]"], "weight of a teacher must be above 0"),
+        (["teachers=[{teacher: {kind: expert}}, {teacher: {kind: expert}}]"], "two teachers are named 'starter"),
+        (["curation.filters=[corect]"], "did you mean 'correct'?"),
+        (["spend.usd=0"], "allows nothing"),
+        (["env=tool"], "the built-in expert knows the envs 'code' and 'answer', not 'tool'"),
+        (["env.context_passages=3"], "context_passages=3 is for env 'answer'"),
+        (["recipe=cot_rag", "retrieval.kind=none"], "env.context_passages=3 needs something to search"),
+        (["episode.guide=solution", "tasks=tests/data/none.jsonl"], "'tests/data/none.jsonl' does not exist"),
+        (["out=ftp://host/x"], "begins with s3:// or gs://"),
+        (["tasks=/no/such.jsonl", "retrieval.kind=none"], "task file '/no/such.jsonl' does not exist"),
+        (["teacher=vllm", "teacher.model=/no/such"], "'/no/such' is no Hugging Face folder"),
+        (["teacher=openai", "teacher.model=m", "teacher.base_url=http://127.0.0.1:9/v1"], "does not answer"),
+        (
+            ["teacher=openai", "teacher.model=m", "teacher.base_url=http://api.example.org/v1",
+             "teacher.api_key_env=NO_SUCH_KEY"],
+            "set the environment variable NO_SUCH_KEY",
+        ),
+        (
+            ["teacher=openai", "teacher.model=m", "teacher.base_url=http://127.0.0.1:9/v1", "spend.usd=5"],
+            "config teacher.prices: spend.usd=5 is a cap in money, so prices are needed",
+        ),
+    ],
+)  # fmt: skip
+def test_it_refuses_in_one_line_before_anything_starts(overrides, complaint, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    out = tmp_path / "out"
+    arguments = overrides if any(text.startswith("out=") for text in overrides) else [f"out={out}", *overrides]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.startswith("error: ") and len(said.strip().splitlines()) == 1, said
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([f"out={tmp_path / 'file' / 'x'}"]) == 2
+    assert "cannot be used: Not a directory" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main([f"out={tmp_path}"]) == 2
+    assert "is not empty and holds no collection" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_guide_that_a_task_does_not_have_is_told_before_anything_starts(tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    overrides = [f"tasks={tmp_path / 'q.jsonl'}", "retrieval.kind=none", "episode.guide=solution"]
+    assert main([*overrides, f"out={tmp_path / 'out'}"]) == 2
+    assert "has no solution to guide with" in capsys.readouterr().err
+
+
+def test_one_file_of_tasks_is_named_on_the_command_line():
+    [task_set] = load_config(["tasks=data/my-questions.jsonl"], CollectConfig).tasks.train
+    assert (task_set.path, task_set.kind) == ("data/my-questions.jsonl", "my_questions")
+
+
+def test_a_bucket_keeps_what_can_be_made_again_on_this_machine():
+    config = load_config(["out=s3://bucket/a", "recipe=paper"], CollectConfig)
+    assert config.scratch.startswith("runs/scratch-")
+    assert config.env.judge is not None and config.env.judge.cache_path == f"{config.scratch}/judge.sqlite"
+
+
+def trajectory(key: str, *, success: bool = True, failure: FailureClass | None = None) -> Trajectory:
+    return Trajectory(
+        key=key,
+        task=Task(id="t", question="?", answer="1", kind="k"),
+        dialect="code",
+        system_prompt="",
+        steps=(),
+        policy="a",
+        success=success and failure is None,
+        reward=float(success and failure is None),
+        stop_reason=StopReason.FAILED if failure else StopReason.FINAL,
+        failure=Failure(failure_class=failure, message="m") if failure else None,
+        usage=Usage(requests=1, prompt_tokens=10, completion_tokens=5, cost_usd=0.25),
+    )
+
+
+def test_the_closing_check_accounts_for_every_episode(tmp_path):
+    writer = LedgerWriter(tmp_path, writer="w")
+    failed = [trajectory("e", failure=FailureClass.ENGINE), trajectory("i", failure=FailureClass.INPUT)]
+    writer.append([trajectory("r"), trajectory("w", success=False), trajectory("other"), *failed])
+    writer.append([trajectory("r")])
+    curation = Curation.from_config(["correct"])
+    expected = {"a": {"r", "w", "e", "i", "never"}}
+    summary = summarise(Ledger(tmp_path), expected, rule=RetryRule(), curation=curation)
+    assert (summary.expected, summary.recorded, summary.failed) == (5, 2, {"engine": 1, "input": 1})
+    assert (summary.quarantined, summary.missing, summary.duplicates, summary.beyond) == (1, 1, 1, 1)
+    assert not summary.complete and summary.closing_line().endswith("1 not run, each once: NOT COMPLETE")
+    assert summary.cost_usd == 1.0 and summary.all.accepted == 1
+    assert summary.to_json()["cost_per_accepted_usd"] == 1.0
+    assert summary_table(summary).row_count == 1
+    done = summarise(Ledger(tmp_path), {"a": {"r", "w", "e", "i"}}, rule=RetryRule(), curation=curation)
+    assert done.complete and "2 recorded + 2 failed (engine 1, input 1), each once" in done.closing_line()
+
+
+# -- jobs
+
+
+class Job:
+    """Runs the command as a driver of the session's Ray."""
+
+    def __init__(self, address: str, out: str, environment: dict[str, str]) -> None:
+        self.out = out
+        # As `ray job submit --runtime-env-json` gives a job's workers their environment.
+        of_job = json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT), **environment}}})
+        self._environment = {
+            **os.environ,
+            "RAY_ADDRESS": address,
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": of_job,
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        }
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "launch/collect.py", f"out={self.out}", *SMALL, *overrides]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self._environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def run(self, *overrides: str, code: int = 0) -> str:
+        process = self.start(*overrides)
+        try:
+            said, _ = process.communicate(timeout=100)
+        finally:
+            process.kill()
+        assert process.returncode == code, said
+        return said
+
+
+KEY = "sk-secret-of-the-test"
+
+
+@pytest.fixture
+def job(ray_cluster, tmp_path) -> Job:
+    return Job(ray_cluster.get_runtime_context().gcs_address, str(tmp_path / "out"), {"OPENAI_API_KEY": KEY})
+
+
+def test_a_key_that_the_clusters_workers_do_not_have_is_told_at_once(job, server):
+    job._environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": {"OPENAI_API_KEY": ""}}})
+    openai = ["teacher=openai", "teacher.model=m", f"teacher.base_url={server.base_url}"]
+    said = job.run(*openai, "tasks.train_count=5", code=1)
+    assert "OPENAI_API_KEY: set here, but not where the cluster's workers run" in said and server.answered == 0
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer(reply=lambda request: WRONG, share=0.0) as server:
+        yield server
+
+
+def teachers(server: FaultServer) -> str:
+    prices = "{prompt_usd_per_million: 1000, completion_usd_per_million: 1000}"
+    api = f"{{kind: openai, model: m, base_url: '{server.base_url}', prices: {prices}}}"
+    return f"teachers=[{{teacher: {{kind: expert}}, weight: 2}}, {{teacher: {api}}}]"
+
+
+def summary_of(out: str) -> dict[str, Any]:
+    return json.loads((Path(out) / "summary.json").read_text())
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], within_s: float = 90.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the job did not come that far"
+        time.sleep(0.05)
+
+
+def test_a_killed_collection_goes_on_and_ends_with_each_key_once(job):
+    ledger = Path(job.out) / "ledger"
+    first = job.start("tasks.train_count=500")
+    wait_for(lambda: ledger.exists() and Ledger(ledger).count() >= 20, first)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=10)
+    recorded = Ledger(ledger).keys()
+    assert 20 <= len(recorded) < 500
+
+    said = job.run("tasks.train_count=500")
+    assert "recorded by an earlier job" in said
+    assert "500 episodes = 500 recorded, each once: every episode is accounted for" in said
+    assert recorded < Ledger(ledger).keys() and Ledger(ledger).count() == 500 and Ledger(ledger).duplicates() == 0
+    summary = summary_of(job.out)
+    assert summary["complete"] and summary["curation"]["kept"] == 500
+    assert set(summary["teachers"]["starter-expert"]) == {"arithmetic", "two_hop"}
+
+    more = job.run("tasks.train_count=502")
+    assert "502 episodes, 500 recorded by an earlier job" in more and "= 502 recorded" in more
+    assert job.run("tasks.train_count=502").count("nothing is missing") == 1
+    assert "there tasks.arithmetic_share is" in job.run("tasks.arithmetic_share=0.1", code=2)
+
+
+def test_several_teachers_share_the_tasks_stop_at_the_spend_cap_and_go_on(job, server):
+    both = [teachers(server), "tasks.train_count=60"]
+    said = job.run(*both, "spend.usd=0.8", code=3)
+    assert "stopped: the spend cap of 0.8 USD is used up" in said and "NOT COMPLETE" in said
+    assert "stopped at the spend cap: raise spend.usd=0.8; the same command then goes on" in said
+    first = summary_of(job.out)
+    assert first["missing"] > 0 and 0 < first["spent"]["spent_usd"] <= 0.8
+    assert first["teachers"]["starter-expert"].keys() == {"arithmetic", "two_hop"}  # it costs nothing, and ended
+
+    said = job.run(*both, "spend.usd=200")
+    assert "60 episodes = 60 recorded" in said
+    second = summary_of(job.out)
+    by_policy = Counter(trajectory.policy for trajectory in Ledger(f"{job.out}/ledger").trajectories())
+    assert by_policy.total() == 60 and 10 < by_policy["m"] < 30
+    # Each answer was paid once, over both jobs, and is in the record of the episode that it was for.
+    assert server.answered == second["spent"]["requests"] == by_policy["m"]
+    assert second["cost_usd"] == pytest.approx(second["spent"]["spent_usd"])
+    assert all(KEY not in path.read_text(errors="replace") for path in Path(job.out).rglob("*") if path.is_file())
+    assert KEY not in said
+
+
+def test_an_interrupt_lets_what_runs_end(job):
+    with FaultServer(reply=lambda request: WRONG, share=0.0, answer_s=1.0) as server:
+        slow = ["teacher=openai", "teacher.model=m", f"teacher.base_url={server.base_url}", "rollout.concurrency=4"]
+        process = job.start(*slow, "tasks.train_count=400")
+        wait_for(lambda: server.requests >= 6, process)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted: nothing more is started" in said and "the same command goes on from" in said
+    assert Ledger(f"{job.out}/ledger").count() == server.answered
+
+
+def test_a_collection_in_a_bucket_goes_on_there(ray_cluster, tmp_path, monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    bucket.start()
+    try:
+        _, port = bucket.get_host_and_port()
+        store = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+        }
+        for name, value in store.items():
+            monkeypatch.setenv(name, value)
+        job = Job(ray_cluster.get_runtime_context().gcs_address, "s3://collected/a", store)
+        few = ["tasks.train_count=12", f"scratch={tmp_path / 'scratch'}"]
+        assert "there is no bucket 'collected'" in job.run(*few, code=2)
+        from pyarrow.fs import S3FileSystem
+
+        store_fs = S3FileSystem(
+            endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True, region="us-east-1"
+        )
+        store_fs.create_dir("collected")
+        assert "12 episodes = 12 recorded" in job.run(*few)
+        assert Ledger("s3://collected/a/ledger").count() == 12
+        with store_fs.open_input_stream("collected/a/summary.json") as file:
+            assert json.loads(file.read())["complete"]
+        assert "nothing is missing" in job.run(*few)
+        assert "belongs to another run: there seed is 0, here it is 1" in job.run(*few, "seed=1", code=2)
+    finally:
+        bucket.stop()
