@@ -6,14 +6,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fault_server import FAULTS, FaultServer
 
+from envs.endpoints import asked_wait_s
 from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import PolicyError, Sampling
 from rollout.rate_limits import RateLimits, Retries
@@ -141,6 +145,25 @@ def test_a_rate_limit_of_requests_is_kept() -> None:
     late = [str(result) for result in results if isinstance(result, PolicyError)]
     assert len(late) == 2
     assert all("timeout_s=0.5; it waited for the rate limit" in text for text in late)
+
+
+class _Told(Exception):
+    def __init__(self, retry_after: str) -> None:
+        self.response = SimpleNamespace(headers={"retry-after": retry_after} if retry_after else {})
+
+
+@pytest.mark.parametrize(
+    ("said", "wait_s"),
+    [("2.5", 2.5), ("-1", 0.0), ("", None), ("soon", None), ("nan", None), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0)],
+)
+def test_a_wait_is_read_from_seconds_and_dates(said: str, wait_s: float | None) -> None:
+    assert asked_wait_s(_Told(said)) == wait_s
+
+
+def test_a_date_ahead_is_waited_for() -> None:
+    wait_s = asked_wait_s(_Told(formatdate(time.time() + 100, usegmt=True)))
+    assert wait_s is not None
+    assert 90 < wait_s <= 100
 
 
 # -- money
@@ -306,6 +329,46 @@ def test_a_server_that_says_vllm_and_continues_nothing_is_asked_in_words() -> No
 
         [completion] = asyncio.run(scenario())
     assert (completion.text, completion.prefix_by) == ("Thought: this is easy", "asked")
+
+
+def test_a_bad_value_of_a_good_field_is_an_error_and_not_left_out() -> None:
+    class Strict(FaultServer):
+        async def _post(self, path: str, request: Any, authorization: str, writer: Any) -> bool:
+            from fault_server import _send
+
+            _send(writer, 400, {"error": {"message": "temperature must be in [0, 2], got 7.0", "param": "temperature"}})
+            return True
+
+    with Strict() as server:
+        results, policy = ask(server, 1, Sampling(temperature=7.0))
+    assert only_error(results).failure_class is FailureClass.INPUT
+    assert policy.notes == ()
+
+
+REFUSALS = {
+    "OpenAI": "Unsupported value: 'temperature' does not support 0.2 with this model. Only the default (1) value is "
+    "supported.",
+    "Azure": "Unrecognized request argument supplied: temperature",
+    "Mistral": "{'type': 'extra_forbidden', 'loc': ['body', 'temperature'], 'msg': 'Extra inputs are not permitted'}",
+    "Groq": "property 'temperature' is unsupported",
+}
+
+
+@pytest.mark.parametrize("provider", REFUSALS)
+def test_providers_say_in_many_ways_that_a_field_is_unwelcome(provider: str) -> None:
+    class Provider(FaultServer):
+        async def _post(self, path: str, request: Any, authorization: str, writer: Any) -> bool:
+            from fault_server import _send
+
+            if "temperature" not in request:
+                return await super()._post(path, request, authorization, writer)
+            _send(writer, 422 if provider == "Mistral" else 400, {"error": {"message": REFUSALS[provider]}})
+            return True
+
+    with Provider(share=0) as server:
+        results, policy = ask(server, 1, Sampling(temperature=0.2))
+    good(results)
+    assert len(policy.notes) == 1
 
 
 def test_extra_fields_go_out_with_each_request_and_are_not_left_out() -> None:
