@@ -122,9 +122,10 @@ class Candidate:
     observation: str
     kind: ObservationKind
     votes: int
-    """How many candidates share its normalised observation; 0 when it was dropped or not run."""
+    """How many candidates share its ballot: its normalised observation, or its action where the env cannot preview; 0
+    when it was dropped, or not run though the env can preview."""
     ran: bool = True
-    """False: the vote was decided before its turn came, so its observation is empty."""
+    """False: its observation is empty, since the vote was decided without it."""
     token_ids: tuple[int, ...] | None = None
     """[n] as in `Completion`: losers are negatives of later objectives."""
     logprobs: tuple[float, ...] | None = None
