@@ -29,8 +29,9 @@ from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
 from rollout.policy_spec import PolicySpec
+from rollout.run_vote import vote_runs
 
-MODES = ("greedy", "self_consistent")
+MODES = ("greedy", "self_consistent", "whole_run_vote")
 
 
 class EvaluationError(RuntimeError):
@@ -53,7 +54,7 @@ def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
 
 
 def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
-    """How students are run in `mode`: greedy, or k candidates a step with a vote."""
+    """How students are run in `mode`: greedy, k candidates a step with a vote, or k whole runs of a task to vote on."""
     evaluate = config.evaluate
     settings = replace(
         config.episode,
@@ -68,7 +69,8 @@ def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
     )
     if mode == "greedy":
         return settings
-    return replace(settings, candidates=evaluate.candidates, temperature=evaluate.temperature, top_p=evaluate.top_p)
+    sampled = replace(settings, temperature=evaluate.temperature, top_p=evaluate.top_p)
+    return sampled if mode == "whole_run_vote" else replace(sampled, candidates=evaluate.candidates)
 
 
 def run_evaluation(
@@ -83,11 +85,14 @@ def run_evaluation(
     view: LiveView,
     title: str,
     weights: Weights | None = None,
+    samples: int = 1,
 ) -> dict[str, Score]:
-    """Runs what `ledger` does not hold yet and returns the scores by kind. Raises `EvaluationError`."""
+    """Runs what `ledger` does not hold yet and returns the scores by kind; of several `samples` a task, those of the
+    vote over them. Raises `EvaluationError`."""
     collection = start_evaluation(
-        config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights
-    )
+        config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights,
+        samples=samples,
+    )  # fmt: skip
     try:
         with view.stage(title):
             finished = False
@@ -111,8 +116,9 @@ def run_evaluation(
 
 
 def ledger_scores(ledger: Path, tasks: Sequence[Task]) -> dict[str, Score]:
-    """Success by kind over exactly `tasks`. Raises `EvaluationError` when some have no result."""
-    outcome = {trajectory.task.id: trajectory.success for trajectory in Ledger(ledger).trajectories()}
+    """Success by kind over exactly `tasks`, of the vote where a task has several runs. Raises `EvaluationError` when
+    some have no result."""
+    outcome = {vote.task.id: vote.success for vote in vote_runs(Ledger(ledger).trajectories())}
     missing = [task.id for task in tasks if task.id not in outcome]
     if missing:
         raise EvaluationError(
@@ -130,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("student", help="a Hugging Face folder")
     parser.add_argument("--run", required=True, help="the run whose world and settings are used")
-    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated: greedy, self_consistent")
+    parser.add_argument(
+        "--modes", default=",".join(MODES[:2]), help=f"comma-separated, of {', '.join(MODES)}; default: the first two"
+    )
     parser.add_argument("--count", type=int, help="starter world: held-out tasks of each kind; default: the run's")
     parser.add_argument("--out", help="folder for its ledgers; default: evaluation/<student's name> in the run")
     options = parser.parse_args(arguments)
@@ -169,6 +177,7 @@ def _evaluate_folder(options: argparse.Namespace) -> int:
             scores[f"{student.name}, {mode}"] = run_evaluation(
                 config, environments, workers, world.test, policy=spec.policy_name,
                 settings=student_settings(config, mode), ledger=out / mode, view=view, title=f"{student.name}: {mode}",
+                samples=config.evaluate.candidates if mode == "whole_run_vote" else 1,
             )  # fmt: skip
     kinds = list(dict.fromkeys(task.kind for task in world.test))
     view.console.print(score_table(scores, kinds, title=f"held-out success of {student.name}, % [95% interval]"))
