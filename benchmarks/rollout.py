@@ -1,4 +1,4 @@
-"""The rollout numbers: the engine-bound fraction, orchestration, k=8, trajectories/s beside smolagents.
+"""The rollout numbers: the engine-bound fraction, orchestration, k=8, trajectories/s beside smolagents, the ledger.
 
 python benchmarks/rollout.py --student runs/starter-seed0/learner/student
 python benchmarks/rollout.py --only engine --repeats 1 --tasks 200     # one part, quickly
@@ -25,7 +25,8 @@ from benchmarks.rollout_world import BASE_STUDENT, stage
 from benchmarks.scoreboard import Row
 from rollout.vllm_policy import EngineKind
 
-PARTS = ("engine", "k8", "smolagents", "orchestration")
+PARTS = ("engine", "k8", "smolagents", "orchestration", "ledger")
+ON_STAGE = PARTS[:-1]
 
 
 def measure(options: Any, parts: Sequence[str]) -> Iterator[Row]:
@@ -33,12 +34,19 @@ def measure(options: Any, parts: Sequence[str]) -> Iterator[Row]:
         from benchmarks import rollout_orchestration
 
         yield from rollout_orchestration.rows(repeats=options.repeats)
+    if "ledger" in parts:
+        from benchmarks import rollout_ledger
+
+        yield from rollout_ledger.rows(repeats=options.repeats)
+    if not any(part in parts for part in ON_STAGE):
+        return
     with stage(
         options.student,
         concurrency=options.concurrency,
         slots=max(options.concurrency, options.peer_concurrency, 64),
         tasks=max(options.tasks, options.peer_tasks),
         engine=options.engine,
+        env_hosts=options.env_hosts,
     ) as ready:
         if "engine" in parts:
             from benchmarks import rollout_engine
@@ -51,7 +59,7 @@ def measure(options: Any, parts: Sequence[str]) -> Iterator[Row]:
         if "orchestration" in parts:
             from benchmarks import rollout_orchestration
 
-            yield from rollout_orchestration.rows_on_ray(ready, repeats=options.repeats)
+            yield from rollout_orchestration.rows_with_envs(ready, repeats=options.repeats)
         if "k8" in parts:
             from benchmarks import rollout_candidates
 
@@ -78,13 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer-tasks", type=int, default=384, help="tasks for smolagents and for us beside it")
     parser.add_argument("--peer-concurrency", type=int, default=192, help="our episodes in flight beside smolagents")
     parser.add_argument("--concurrency", type=int, default=64, help="episodes in flight")
+    parser.add_argument("--skip-ledger", action="store_true", help="leave the ledger's numbers out")
+    parser.add_argument(
+        "--env-hosts", type=int, help="Ray actors for the envs, 0: none; default: the embedded default's"
+    )
     parser.add_argument("--engine", choices=get_args(EngineKind), default="auto", help="where vLLM runs")
     parser.add_argument(
         "--candidates", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8],
         help="engine: 1, 8 or both, as 1,8",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    parts = options.only.split(",")
+    parts = [part for part in options.only.split(",") if not (part == "ledger" and options.skip_ledger)]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only {unknown.pop()!r} is unknown; there are {', '.join(PARTS)}")
     if unknown := set(options.candidates) - {1, 8}:

@@ -73,6 +73,8 @@ class Rate:
     whole: float
     """Generated tokens/s of all of it."""
     tokens: int
+    in_flight: float
+    """Requests in the engine, mean over the run."""
     engine: StepClock
     wall_s: float
 
@@ -85,7 +87,12 @@ def rate(requests: Sequence[EngineRequest], full_until_s: float, wall_s: float, 
     within = sum(request.tokens for request in ended if full_from_s < request.finished_s <= full_until_s)
     total = sum(request.tokens for request in ended)
     return Rate(
-        steady=within / (full_until_s - full_from_s), whole=total / wall_s, tokens=total, engine=engine, wall_s=wall_s
+        steady=within / (full_until_s - full_from_s),
+        whole=total / wall_s,
+        tokens=total,
+        in_flight=sum(request.finished_s - request.submitted_s for request in ended) / wall_s,
+        engine=engine,
+        wall_s=wall_s,
     )
 
 
@@ -118,6 +125,8 @@ class Pair:
     """In the first pair alone."""
     steps: int
     success: float
+    env_s: float
+    """Median time that a step of an agent spent outside the engine, in its env."""
     spent: dict[str, float]
     """Processor seconds of the agents' run by thread and process."""
 
@@ -131,7 +140,16 @@ def measure_pair(
     agents = rate(collected.requests, collected.last_start_s, collected.wall_s, engine)
     raw = _raw(stage, clock, collected.requests, slots, bare=False)
     without = _raw(stage, clock, collected.requests, slots, bare=True) if bare else None
-    return Pair(agents=agents, raw=raw, bare=without, steps=collected.steps, success=collected.success, spent=spent)
+    env_s = statistics.median(step.env_s for trajectory in collected.trajectories for step in trajectory.steps)
+    return Pair(
+        agents=agents,
+        raw=raw,
+        bare=without,
+        steps=collected.steps,
+        success=collected.success,
+        env_s=env_s,
+        spent=spent,
+    )
 
 
 def _raw(stage: Stage, clock: StepClock, requests: Sequence[EngineRequest], slots: int, *, bare: bool) -> Rate:
@@ -192,6 +210,10 @@ def rows(stage: Stage, *, candidates: int, tasks: int, slots: int, repeats: int)
 def _where(pairs: Sequence[Pair], group: str) -> Iterator[Row]:
     """Where the agents' time goes."""
     ours, raw = [pair.agents for pair in pairs], [pair.raw for pair in pairs]
+    flying, flying_raw = (statistics.median(run.in_flight for run in runs) for runs in (ours, raw))
+    env_ms = 1000 * statistics.median(pair.env_s for pair in pairs)
+    yield Row(what="requests in the engine, mean", measured=flying, beside=f"raw {flying_raw:.1f}", group=group)
+    yield Row(what="median time of a step in its env", measured=env_ms, unit="ms", group=group)
     if all(run.engine.steps for run in ours):
         busy, busy_raw = (statistics.median(run.engine.wall_s / run.wall_s for run in runs) for runs in (ours, raw))
         yield Row(

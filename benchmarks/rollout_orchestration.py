@@ -2,8 +2,8 @@
 
 `VllmPolicy`'s engine is replaced by one that answers after a fixed delay, the env by one of this process that answers
 at once. What is left is ours: rendering to token ids, parsing, the loop, the feed, the ledger on disk. All threads of
-the process count, as `time.process_time` sums them. The same with real `CodeEnv`s on a Ray env host is printed beside:
-Ray's client in the worker is then part of it (the host's own time is not).
+the process count, as `time.process_time` sums them. The same with real `CodeEnv`s is printed beside: threads that wait
+for the sandbox, or Ray's client, are part of the worker then (the sandbox's own processes and a host's are not).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rollout.episode import EpisodeSettings
 from rollout.vllm_policy import VllmPolicy
 
 AT_ONCE = (50, 100, 200, 500)
-ON_RAY = (16, 64)
+WITH_ENVS = (16, 64)
 DELAY_S = 0.2
 STEPS = 5
 EPISODES_PER_SLOT = 3
@@ -160,14 +160,14 @@ def rows(*, repeats: int) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def rows_on_ray(stage: Stage, *, repeats: int) -> Iterator[Row]:
-    """With real envs of a Ray env host, as many as it has slots at most."""
+def rows_with_envs(stage: Stage, *, repeats: int) -> Iterator[Row]:
+    """With real envs, in this process or on Ray hosts."""
     policy = delayed_policy()
-    for count in ON_RAY:
+    for count in WITH_ENVS:
         measured = [cost_ms(policy, stage.envs(count)) for _ in range(repeats)]
         cost, rate = (statistics.median(values) for values in zip(*measured, strict=True))
-        print(f"{GROUP}, {count} CodeEnvs on a Ray host: {cost:.2f} CPU ms a step", flush=True)
+        print(f"{GROUP}, {count} CodeEnvs {stage.place}: {cost:.2f} CPU ms a step", flush=True)
         yield Row(
-            what=f"CPU of a step in the worker, {count} CodeEnvs on a Ray host", measured=cost, unit="ms",
+            what=f"CPU of a step in the worker, {count} CodeEnvs {stage.place}", measured=cost, unit="ms",
             beside=f"{rate:.0f} steps/s", group=GROUP,
         )  # fmt: skip

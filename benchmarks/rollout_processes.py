@@ -15,6 +15,7 @@ from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PARTS = (("VLLM::", "engine process"), ("ray::EnvHost", "env hosts"), ("ray::Retrieval", "retrieval"))
+_DAEMONS = ("/ray/", "ray::")
 _THREADS = {"vllm-engine": "engine thread", "vllm-client": "engine client", "MainThread": "event loop"}
 
 
@@ -29,12 +30,13 @@ def processor_seconds() -> dict[str, float]:
     for entry in os.listdir("/proc/self/task"):
         name = names.get(int(entry), "")
         known = _THREADS.get(name, "ledger and other Python threads" if name else "Ray's own threads here")
+        known = "threads of envs" if name.startswith("env_") else known
         add(known, sum(_ticks(f"/proc/self/task/{entry}/stat")[:2]) * _TICK_S)
     children = _children()
     waiting = [(child, "") for child in children.get(os.getpid(), [])]
     for process, above in waiting:
-        part = above or _part(process)
-        add(part or "Ray's daemons", sum(_ticks(f"/proc/{process}/stat")) * _TICK_S)
+        part = above if above not in ("", "Ray's daemons") else _part(process) or above
+        add(part or "sandbox", sum(_ticks(f"/proc/{process}/stat")) * _TICK_S)
         waiting += [(child, part) for child in children.get(process, [])]
     return found
 
@@ -51,7 +53,8 @@ def _part(process: int) -> str:
         command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
     except OSError:  # ended meanwhile
         return ""
-    return next((name for start, name in _PARTS if command.startswith(start)), "")
+    known = next((name for start, name in _PARTS if command.startswith(start)), "")
+    return known or ("Ray's daemons" if any(mark in command for mark in _DAEMONS) else "")
 
 
 def _ticks(path: str) -> list[int]:

@@ -5,7 +5,7 @@
 
 Example::
 
-    with stage(student, concurrency=64, slots=64, tasks=200, engine="auto") as ready:
+    with stage(student, concurrency=64, slots=64, tasks=200, engine="auto", env_hosts=None) as ready:
         collected = ready.collect(ready.tasks, ready.settings(temperature=0.7), 64)
         print(collected.steps / collected.wall_s)
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import Task
+from envs.local_envs import LocalEnvs
 from envs.pool import RemoteEnv, start_env_hosts
 from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_retrieval_actor
 from launch.config import DistillConfig
@@ -41,6 +42,7 @@ from rollout.worker import RolloutWorker
 
 BASE_STUDENT = Path(__file__).resolve().parent.parent / "learner" / "base_student" / "checkpoint"
 _START_TIMEOUT_S = 600.0
+_ENV_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,15 +178,17 @@ class Stage:
         config: DistillConfig,
         world: World,
         search: NamedSearch,
-        hosts: list[Any],
-        can_preview: bool,
+        envs: LocalEnvs | list[RemoteEnv],
         policy: VllmPolicy,
     ) -> None:
         self.config, self.tasks, self.search, self.policy = config, world.train, search, policy
-        self._hosts, self._can_preview = hosts, can_preview
         self.engine = RecordingEngine(policy._engine)
         policy._engine = self.engine
         self._runner = asyncio.Runner()
+        self._local = envs if isinstance(envs, LocalEnvs) else None
+        self.place = "on Ray hosts" if self._local is None else "in this process"
+        """Where the envs are."""
+        self._envs: Sequence[Any] = envs if isinstance(envs, list) else self.run(envs.connect())
 
     def settings(self, *, temperature: float, candidates: int = 1) -> EpisodeSettings:
         """The embedded default's limits; nothing ends an episode early."""
@@ -207,11 +211,10 @@ class Stage:
         else:
             inner._there(inner._engine.reset_prefix_cache()).result(60)
 
-    def envs(self, count: int) -> list[RemoteEnv]:
-        hosts = self._hosts
-        return [
-            RemoteEnv(hosts[i % len(hosts)], i, can_preview=self._can_preview, timeout_s=60.0) for i in range(count)
-        ]
+    def envs(self, count: int) -> Sequence[Any]:
+        if count > len(self._envs):
+            raise ValueError(f"{count} envs were asked for, there are {len(self._envs)}")
+        return self._envs[:count]
 
     def collect(self, tasks: Sequence[Task], settings: EpisodeSettings, concurrency: int) -> Collected:
         self.forget_prefixes()
@@ -223,12 +226,19 @@ class Stage:
 
     def close(self) -> None:
         self.run(self.policy.close())
+        if self._local is not None:
+            self.run(self._local.close())
         self._runner.close()
 
 
 @contextmanager
-def stage(student: Path, *, concurrency: int, slots: int, tasks: int, engine: EngineKind) -> Iterator[Stage]:
-    """Ray, retrieval, `slots` env slots, the engine as for `concurrency` episodes; everything ends with the block."""
+def stage(
+    student: Path, *, concurrency: int, slots: int, tasks: int, engine: EngineKind, env_hosts: int | None
+) -> Iterator[Stage]:
+    """Ray, retrieval, `slots` env slots, the engine as for `concurrency` episodes; everything ends with the block.
+
+    `env_hosts`: Ray actors that hold the envs, 0 for envs of this process; None: as the embedded default has it.
+    """
     from launch.cluster import ray_cluster
     from launch.evaluate import student_spec
 
@@ -243,14 +253,14 @@ def stage(student: Path, *, concurrency: int, slots: int, tasks: int, engine: En
         name = f"retrieval-{uuid.uuid4().hex[:12]}"
         actor = start_retrieval_actor(world.retriever, name=name, env_vars={"HF_HUB_OFFLINE": "1"})
         RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s).wait_ready(_START_TIMEOUT_S)
-        search, count = NamedSearch(name, config.retrieval.timeout_s), config.rollout.env_hosts
-        hosts = start_env_hosts(
-            config.env,
-            count=count,
-            slots_per_host=-(-slots // count),
-            search=search,
-        )
-        can_preview = all(ray.get([host.can_preview.remote() for host in hosts], timeout=_START_TIMEOUT_S))
+        search = NamedSearch(name, config.retrieval.timeout_s)
+        count = config.rollout.env_hosts if env_hosts is None else env_hosts
+        if count == 0:
+            envs = LocalEnvs(config.env, search, count=slots, timeout_s=_ENV_S)
+        else:
+            hosts = start_env_hosts(config.env, count=count, slots_per_host=-(-slots // count), search=search)
+            can_preview = all(ray.get([host.can_preview.remote() for host in hosts], timeout=_START_TIMEOUT_S))
+            envs = [RemoteEnv(hosts[i % count], i, can_preview=can_preview, timeout_s=_ENV_S) for i in range(slots)]
         spec = student_spec(config, str(student))
         policy = VllmPolicy(
             spec.model,
@@ -262,7 +272,7 @@ def stage(student: Path, *, concurrency: int, slots: int, tasks: int, engine: En
             enforce_eager=spec.enforce_eager,
             engine=engine,
         )
-        ready = Stage(config, world, search, hosts, can_preview, policy)
+        ready = Stage(config, world, search, envs, policy)
         try:
             yield ready
         finally:
