@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rollout.ledger_manifest import FAILURES, MANIFESTS, SHARDS, ShardEntry
 from rollout.ledger_shards import READ_ERRORS, tables
 from rollout.records import from_table
+from rollout.storage import Storage
 
 if TYPE_CHECKING:
     from rollout.ledger import Ledger
@@ -51,7 +52,7 @@ class LedgerReport:
 def validate(ledger: Ledger) -> LedgerReport:
     """Raises `LedgerError` only where there is nothing to read at all (a damaged manifest)."""
     storage, snapshot = ledger.storage, ledger.snapshot()
-    rows = failures = 0
+    counts = {SHARDS: 0, FAILURES: 0}
     seen: set[str] = set()
     twice: set[str] = set()
     unlike: set[str] = set()
@@ -63,33 +64,41 @@ def validate(ledger: Ledger) -> LedgerReport:
             try:
                 if shard in entries:
                     disagreements += _disagreements(entries[shard], storage.read(shard))
-                found = [each for table in tables(storage, shard) for each in from_table(table)]
+                keys, odd = _read(storage, shard)
             except READ_ERRORS as error:
                 unreadable.append(f"{shard}: {error}")
                 continue
-            if shard in entries and entries[shard].rows != len(found):
-                disagreements.append(f"{shard}: {len(found)} rows, {entries[shard].rows} by the manifest")
-            for each in found:
-                start = f"{each.task.id}|{each.policy}|{each.sample_index}|"
-                if not each.key.startswith(start) or not _DIGEST.fullmatch(each.key[len(start) :]):
-                    unlike.add(each.key)
-            if kind == FAILURES:
-                failures += len(found)
-                continue
-            rows += len(found)
-            for each in found:
-                (twice if each.key in seen else seen).add(each.key)
+            if shard in entries and entries[shard].rows != len(keys):
+                disagreements.append(f"{shard}: {len(keys)} rows, {entries[shard].rows} by the manifest")
+            counts[kind] += len(keys)
+            unlike.update(odd)
+            if kind == SHARDS:
+                for key in keys:
+                    (twice if key in seen else seen).add(key)
     stale = [each.name for each in snapshot.listed if snapshot.is_replaced(each.name)]
     leftovers = [each.name for each in storage.leftovers("", SHARDS, FAILURES, MANIFESTS)]
     return LedgerReport(
-        rows=rows,
-        failures=failures,
+        rows=counts[SHARDS],
+        failures=counts[FAILURES],
         duplicate_keys=tuple(sorted(twice)),
         unreadable=tuple(unreadable),
         leftovers=tuple(sorted(leftovers + stale + [each.name for each in snapshot.orphans()])),
         disagreements=tuple(disagreements),
         unlike_keys=tuple(sorted(unlike)),
     )
+
+
+def _read(storage: Storage, shard: str) -> tuple[list[str], list[str]]:
+    """Every row whole; returns the keys, and those that are not made of their row."""
+    keys: list[str] = []
+    unlike: list[str] = []
+    for table in tables(storage, shard):
+        for each in from_table(table):
+            start = f"{each.task.id}|{each.policy}|{each.sample_index}|"
+            if not each.key.startswith(start) or not _DIGEST.fullmatch(each.key[len(start) :]):
+                unlike.append(each.key)
+            keys.append(each.key)
+    return keys, unlike
 
 
 def _disagreements(entry: ShardEntry, data: bytes) -> list[str]:

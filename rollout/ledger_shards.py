@@ -43,7 +43,7 @@ def encode(table: pa.Table) -> pa.Buffer:
 
 def tables(storage: Storage, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The shard's row groups with `SCHEMA`, or those `columns` of it in that order. Raises one of `READ_ERRORS`."""
-    with storage.open(shard) as file, pq.ParquetFile(file) as parquet:
+    with storage.open(shard) as file, pq.ParquetFile(file, pre_buffer=storage.width > 1) as parquet:
         old = schema_version(parquet.schema_arrow) != SCHEMA_VERSION
         # What an older version lacks is worked out from its whole rows; steps are kept otherwise now.
         known = set(parquet.schema_arrow.names) - {"steps"}

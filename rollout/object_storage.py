@@ -5,6 +5,9 @@ AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL_S3, AWS_E
 instance's role; GOOGLE_APPLICATION_CREDENTIALS), or, region and endpoint, from the URI's query
 (`?region=eu-west-1&endpoint_override=http://minio:9000`). Buckets are not made.
 
+The client runs threads of its own from the first call on, so a process that uses one must not be forked after it (start
+the sandbox's zygotes first, or in processes of their own, as Ray's actors are).
+
 A PUT is atomic and is seen by every later read and listing. What these stores do not have here is "create unless it
 exists", so `claim` is built on their consistency: see there.
 

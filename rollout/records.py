@@ -262,7 +262,7 @@ def from_table(table: pa.Table) -> list[Trajectory]:
     arrays = {name: table.column(name).combine_chunks() for name in _NEEDED[version]}
     try:
         return _TRAJECTORY.read_fields(arrays, table.num_rows)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise RecordsError(f"columns are not those of a trajectory of schema version {version}: {error!r}") from error
 
 
