@@ -6,6 +6,9 @@ Each request passes, in this order: the cache (`rollout.request_cache`), a free 
 tried again with full jitter, at most `Retries.per_call` times and within the client's retry budget; a 429 that says how
 long to wait holds the whole client that long, and counts as no retry. Every wait is cut by the caller's time limit.
 
+An endpoint that answers nothing any more is found out by all calls together: they hold back, try now and then, and
+after `Retries.window_s` all end with `EndpointGoneError`, so that no single task is blamed for it.
+
 The key is read from the environment; neither it nor a prompt is part of an error or a log (`rollout.redaction`), which
 is why errors here have no cause.
 
@@ -19,6 +22,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -46,6 +51,12 @@ _LEASE_SLACK_S = 60.0
 _FREE_WAIT_S, _FREE_WAITS = 0.5, 10
 """A wait that a server asks for is no retry; of short ones only so many, or it could keep a call busy for ever."""
 Read = Callable[[Mapping[str, Any]], Reply]
+
+
+class EndpointGoneError(PolicyError):
+    """Every call would fail alike: the endpoint answers nothing any more, refuses the key or knows no such model."""
+
+    ends_collection = True
 
 
 class RequestRefused(PolicyError):
@@ -157,6 +168,9 @@ class EndpointClient:
         self._limiter = RateLimiter(settings.rate_limits)
         self._budget = RetryBudget(settings.retries)
         self._seen: dict[str, int] = {}
+        self._failing_since_s: float | None = None
+        """Nothing was answered since; None: the latest request was."""
+        self._failed = 0
         try:
             self._cache = RequestCache(settings.cache_path) if settings.cache_path else None
         except ValueError as error:
@@ -233,7 +247,7 @@ class EndpointClient:
             if checked and status == 429:
                 return []
             if checked or tried >= self._settings.retries.per_call:
-                raise PolicyError(f"teacher endpoint {self.base_url} does not answer: {self._describe(failure)}")
+                raise EndpointGoneError(f"teacher endpoint {self.base_url} does not answer: {self._describe(failure)}")
             await asyncio.sleep(delay_s(failure, tried))
             tried += 1
 
@@ -280,10 +294,24 @@ class EndpointClient:
                     if asked_s >= _FREE_WAIT_S or told <= _FREE_WAITS:
                         self.counts["retries"] += 1
                         continue  # `admit` holds us all, until the caller's time is up
+                self._failed += 1
+                dead_s = time.monotonic() - (self._failing_since_s or time.monotonic())
+                if dead_s >= self._settings.retries.window_s and self._failed > self._settings.retries.spare:
+                    raise EndpointGoneError(
+                        f"{self.where} is given up: none of {self._failed} requests was answered in {dead_s:.0f} s; "
+                        f"the last one: {self._describe(failure, request.prompts)}"
+                    )
                 if tried >= self._settings.retries.per_call:
                     raise self._failure(failure, request.prompts, tried + 1)
                 if not self._budget.allow_retry():
-                    raise self._failure(failure, request.prompts, tried + 1, f"; given up, since {self._budget}")
+                    if self._failed <= self._settings.retries.spare:  # others are answered
+                        raise self._failure(failure, request.prompts, tried + 1, f"; given up, since {self._budget}")
+                    if not self._limiter.paused_s:
+                        # At most about ten probes until it is given up.
+                        self._limiter.pause(max(dead_s / 4, self._settings.retries.window_s / 40))
+                    self.counts["retries"] += 1
+                    limit.waiting_for = "an endpoint that answers nothing"
+                    continue
                 self.counts["retries"] += 1
                 limit.waiting_for = "its next try"
                 await asyncio.sleep(delay_s(failure, tried))
@@ -304,6 +332,7 @@ class EndpointClient:
         try:
             reply = read(await (self._streamed(request) if request.stream else self._posted(request)))
             usage = reply.usage
+            self._failing_since_s, self._failed = None, 0
         except (UnusableAnswerError, WithheldError) as error:
             failure, usage = error, error.usage
         except Exception as error:
@@ -311,6 +340,8 @@ class EndpointClient:
         except BaseException:  # the caller gave up: what was asked for must not stay reserved
             await asyncio.shield(self._settle(reservation, None, lost=True))
             raise
+        if failure is not None and self._failing_since_s is None:
+            self._failing_since_s = time.monotonic()
         lost = getattr(failure, "status_code", None) is None
         if usage is not None and not usage.prompt_tokens + usage.completion_tokens:
             # It does not tell: a good answer is counted by its worst case, a bad one is lost.
@@ -393,11 +424,15 @@ class EndpointClient:
         code = str(getattr(error, "code", None) or "")
         if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached"):
             return BudgetExceeded(f"{self.where} says that its quota is used up: {said}")
+        flagged = status == 403 and re.search(r"moderation|flagged", str(error), re.IGNORECASE) is not None
+        if isinstance(error, WithheldError) or flagged or code in ("content_filter", "content_policy_violation"):
+            return PolicyError(f"{self.where} withholds the answer: {said}", FailureClass.MODEL)
         if status in (401, 403):
             message = f"{self.where} refuses the key in {self._settings.api_key_env}: {said}"
-            return PolicyError(message, FailureClass.INPUT)
-        if isinstance(error, WithheldError) or code in ("content_filter", "content_policy_violation"):
-            return PolicyError(f"{self.where} withholds the answer: {said}", FailureClass.MODEL)
+            return EndpointGoneError(message, FailureClass.INPUT)
+        if status == 404:
+            message = f"{self.where} refuses the request: {said}; is the model's name right, and base_url?"
+            return EndpointGoneError(message, FailureClass.INPUT)
         if _too_long(error):
             return PolicyError(f"{self.where}: the prompt is too long: {said}", FailureClass.LIMIT)
         if status is not None and 400 <= status < 500 and not _passes(error):

@@ -5,7 +5,7 @@ server asked for: it holds every call of the client, not only the one that was t
 by one, since all at once would be refused again.
 
 A retry budget is what ends a hopeless endpoint: over a sliding window retries may be only a share of the requests
-(Google SRE book, chapter 21). While most requests succeed it is never felt; when all fail each is tried about once.
+(Google SRE book, chapter 21). While most requests succeed it is never felt.
 
 Example::
 
@@ -64,10 +64,11 @@ class Retries:
     per_call: int = 6
     """Tries after the first one, of one call. A wait that the server asked for (429 with Retry-After) is none."""
     share: float = 0.5
-    """Retries among all requests of the last `window_s`; a client with more of them gives its calls up at once."""
+    """Retries among all requests of the last `window_s`; beyond it a call that fails is given up at once."""
     spare: int = 20
     """Retries within `window_s` that are always allowed."""
     window_s: float = 60.0
+    """Also how long an endpoint may answer nothing at all before it is given up for all calls."""
 
     def __post_init__(self) -> None:
         if self.per_call < 0 or self.spare < 0 or not 0 <= self.share <= 1 or not self.window_s > 0:

@@ -18,6 +18,7 @@ import pytest
 from fault_server import FAULTS, FaultServer
 
 from envs.endpoints import asked_wait_s
+from rollout.endpoint_client import EndpointGoneError
 from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import PolicyError, Sampling
 from rollout.rate_limits import RateLimits, Retries
@@ -119,14 +120,51 @@ def test_a_stream_of_several_choices_is_put_together() -> None:
     assert [each.text for each in good(results)[0]] == ["first answer", "second answer"]
 
 
-def test_a_dead_endpoint_is_given_up_soon_and_the_error_says_why() -> None:
+def test_a_dead_endpoint_is_given_up_soon_by_all_calls_and_no_task_is_blamed() -> None:
     with FaultServer(echo, faults=["503"], share=1.0) as server:
-        results, _ = ask(server, 80, retries=Retries(per_call=50, share=0.2, spare=5))
-        assert server.requests < 80 * 1.4
+        results, policy = ask(server, 80, retries=Retries(per_call=50, share=0.2, spare=5, window_s=1.0))
+        assert server.requests < 80 * 3  # each once, a share again, a few probes
     errors = [result for result in results if isinstance(result, PolicyError)]
     assert len(errors) == 80
-    assert any("given up, since" in str(error) and "retries.share=0.2" in str(error) for error in errors)
-    assert {error.failure_class for error in errors} == {FailureClass.ENGINE}
+    assert {type(error) for error in errors} == {EndpointGoneError}
+    assert {(error.failure_class, error.ends_collection) for error in errors} == {(FailureClass.ENGINE, True)}
+    assert "is given up: none of " in str(errors[0])
+    assert "503" in str(errors[0])
+
+
+def test_an_endpoint_that_comes_back_is_gone_on_with() -> None:
+    class Restarting(FaultServer):
+        async def _post(self, path: str, request: Any, authorization: str, writer: Any) -> bool:
+            self._share = 1.0 if time.monotonic() - began < 1.0 else 0.0
+            return await super()._post(path, request, authorization, writer)
+
+    began = time.monotonic()
+    with Restarting(echo, faults=["503"]) as server:
+        results, _ = ask(server, 40, retries=Retries(per_call=50, share=0.1, spare=5, window_s=20.0))
+    good(results)
+
+
+def test_calls_beyond_the_retry_budget_end_while_others_are_answered() -> None:
+    with FaultServer(echo, faults=["500"], share=0.5, seed=5) as server:
+        results, _ = ask(server, 30, concurrency=1, retries=Retries(per_call=50, share=0.2, spare=4))
+    errors = [str(result) for result in results if isinstance(result, PolicyError)]
+    assert 0 < len(errors) < 30
+    assert all("given up, since" in error and "retries.share=0.2" in error for error in errors)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_would_fail_every_call_blames_no_task(status: int) -> None:
+    class Closed(FaultServer):
+        async def _post(self, path: str, request: Any, authorization: str, writer: Any) -> bool:
+            from fault_server import _send
+
+            _send(writer, status, {"error": {"message": "no"}})
+            return True
+
+    with Closed() as server:
+        error = only_error(ask(server, 1)[0])
+        assert server.requests == 1
+    assert (error.failure_class, error.ends_collection) == (FailureClass.INPUT, True)
 
 
 def test_a_429_that_says_how_long_holds_the_whole_client() -> None:
