@@ -3,11 +3,163 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fault_injection import Faults, SmallDisk
+from fault_server import FAULTS, FaultServer
+from test_distill import assert_nothing_left
 
 from envs.starter import StarterWorld
+from launch.config import CollectConfig
+from launch.config_reading import load_config
+from launch.world import load_world
+from rollout.expert import ExpertPolicy
 from rollout.ledger import Ledger
+from rollout.policy import Sampling
+from rollout.trajectory import FailureClass, Message
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "sk-faults-0f9e8d7c6b5a49382716"
+TOOL_S = 3.0
+HANGING_SERVER = """
+import json, sys, time
+
+hung = False
+for line in sys.stdin:
+    message = json.loads(line)
+    method, number = message.get("method"), message.get("id")
+    if method == "initialize":
+        result = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "hanging", "version": "1"}}
+    elif method == "tools/list":
+        schema = {"type": "object", "properties": {"what": {"type": "string"}}, "required": ["what"]}
+        result = {"tools": [{"name": "look_up", "inputSchema": schema}]}
+    elif method == "tools/call":
+        hung = True
+        continue
+    else:
+        continue
+    print(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}), flush=True)
+if hung:
+    time.sleep(600)
+"""
+"""An MCP server whose tool never answers, and that does not end with its input then."""
+
+
+class Teacher:
+    """The expert behind an API. Asked some questions, it first calls a tool that hangs: each time, or but once."""
+
+    def __init__(self, *, always: set[str], once: set[str]) -> None:
+        self._expert, self._always, self._once = ExpertPolicy(), always, set(once)
+
+    def __call__(self, request: Mapping[str, Any]) -> str:
+        messages = [Message(role=each["role"], content=each["content"]) for each in request["messages"]]
+        question = messages[1].content
+        if len(messages) == 2 and (question in self._always or question in self._once):
+            self._once.discard(question)
+            return "Thought: Look it up.\nCode:\n```py\nprint(look_up('it'))\n```<end_code>"
+        turn = self._expert.complete(messages, Sampling())
+        try:
+            turn.send(None)
+        except StopIteration as ended:  # it waits for nothing
+            return ended.value[0].text
+        raise AssertionError
+
+
+@pytest.mark.timeout(400)
+def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
+    seed = int(os.environ.get("FAULT_SEED", "0"))
+    script, output, scratch = tmp_path / "hanging.py", tmp_path / "output.txt", tmp_path / "scratch"
+    script.write_text(HANGING_SERVER)
+    disk = SmallDisk(tmp_path / "out", kept=tmp_path / "kept", megabytes=48)
+    server_environment = f"{{APPRENTICE_TEST_RUN:'{tmp_path}'}}"
+    overrides = [
+        f"out={disk.folder}", f"scratch={scratch}", "tasks.train_count=520", "tasks.test_count=1",
+        "retrieval.kind=bm25", "teacher=openai", "teacher.model=m", "teacher.api_key_env=FAULT_TEST_KEY",
+        "teacher.timeout_s=4", "rollout.workers=2", "rollout.concurrency=24", "rollout.env_hosts=2",
+        "rollout.env_timeout_s=60", f"env.limits.tool_s={TOOL_S}",
+        f"env.mcp_servers=[{{command:['{sys.executable}','{script}'],env:{server_environment}}}]",
+    ]  # fmt: skip
+    config = load_config([*overrides, "teacher.base_url=http://127.0.0.1/v1"], CollectConfig)
+    tasks = load_world(config, scratch).train
+    expected = {config.episode.key(task, "m", 0): task for task in tasks}
+    always, once = {task.question for task in tasks[::65]}, {task.question for task in tasks[1::40]}
+    faults = Faults(seed, kills={"EnvHost": 3, "RolloutActor": 1})
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as ray_folder,
+        FaultServer(Teacher(always=always, once=once), share=0.3, seed=seed, slow_s=6.0, key=KEY) as server,
+        open(output, "wb") as out,
+    ):
+        command = [sys.executable, "launch/collect.py", *overrides, f"teacher.base_url={server.base_url}"]
+        environment = {
+            **os.environ, "FAULT_TEST_KEY": KEY, "APPRENTICE_TEST_RUN": str(tmp_path), "RAY_TMPDIR": ray_folder
+        }  # fmt: skip
+        job = subprocess.Popen(disk.command(command), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        ledger = disk.seen_from_outside(job) / "ledger"
+
+        def done() -> float:
+            try:
+                return Ledger(ledger).count() / len(expected)
+            except OSError:  # the job has ended, and its disk with it
+                return 0.0
+
+        try:
+            faults.run(job, tmp_path, done=done, disk=disk)
+        finally:
+            job.kill()
+            job.wait(10)
+        assert_nothing_left(tmp_path)
+        logs = {path: path.read_bytes() for path in Path(ray_folder).rglob("*") if path.is_file()}
+    said = output.read_text()
+    print(said, dict(faults.done), dict(server.faults_injected), f"{server.requests} requests")
+    assert job.returncode == 0
+
+    # What was injected really was.
+    assert faults.done["EnvHost"] >= 2 and faults.done["RolloutActor"] >= 2 and faults.done["full disk"] == 1
+    assert set(server.faults_injected) == set(FAULTS)
+
+    # Exactly the expected keys, each once.
+    ledger = Ledger(disk.kept / "ledger")
+    assert ledger.validate().ok and ledger.duplicates() == 0
+    results, failures = list(ledger.trajectories()), list(ledger.failures())
+    keys, failed = {each.key for each in results}, {each.key for each in failures}
+    assert keys | failed == set(expected) and not keys & failed and len(failures) == len(failed)
+    assert sum(each.success for each in results) >= 0.99 * len(results)
+
+    # Failures are classified, and name their cause.
+    hopeless = {key for key, task in expected.items() if task.question in always}
+    assert hopeless <= failed and len(failed - hopeless) <= 5
+    for each in failures:
+        assert each.failure is not None and each.failure.message
+        if each.key in hopeless and "look_up" in each.failure.message:
+            assert each.failure.failure_class is FailureClass.ENVIRONMENT
+            assert f"tool look_up did not answer in {TOOL_S:g} s" in each.failure.message
+    assert sum("look_up" in each.failure.message for each in failures if each.failure) >= len(hopeless) // 2
+
+    # And it says so.
+    summary = json.loads((disk.kept / "summary.json").read_text())
+    assert (summary["expected"], summary["recorded"], sum(summary["failed"].values())) == (
+        len(expected), len(keys), len(failed)
+    )  # fmt: skip
+    assert (summary["missing"], summary["duplicates"], summary["complete"]) == (0, 0, True)
+    assert f"{len(expected)} episodes = {len(keys)} recorded + {len(failed)} failed (" in said
+    assert "each once: every episode is accounted for" in said
+
+    # Nobody who reads a log learns what was asked, or with which key.
+    logs |= {path: path.read_bytes() for path in scratch.rglob("*") if path.is_file()}
+    logs |= {path: path.read_bytes() for path in (disk.kept / "config.json", disk.kept / "summary.json", output)}
+    assert any("worker" in path.name for path in logs) and scratch / "spend.jsonl" in logs
+    secrets = [KEY[:12], KEY[-12:], results[0].system_prompt[:40], *(task.question[:24] for task in tasks)]
+    for path, text in logs.items():
+        assert not [secret for secret in secrets if secret.encode() in text], path
 
 
 @pytest.mark.timeout(120)
