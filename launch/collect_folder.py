@@ -2,8 +2,9 @@
 
     out/config.json     the configuration that the folder belongs to
     out/ledger/         every trajectory and every failure
+    out/spend.jsonl     what API teachers cost, call by call, over all jobs
     out/summary.json    what came of it
-    scratch/            this machine's: the index, caches, the log of what was spent (out itself unless it is a bucket)
+    scratch/            this machine's: the index, caches (out itself unless that is a bucket)
 
 Another configuration is refused, and told what differs; more tasks, more samples, a higher cap and other filters are no
 other configuration. A lock keeps two jobs of one machine apart; two machines that collect into one bucket lose nothing,
@@ -37,12 +38,12 @@ class CollectFolder:
         self._storage = open_storage(out)
         self.is_local = isinstance(self._storage, FolderStorage)
         self.out = str(Path(self._storage.uri).absolute()) if self.is_local else out
-        place, _, options = self.out.partition("?")
-        self.ledger = f"{place.rstrip('/')}/ledger" + (f"?{options}" if options else "")
-        self.summary = f"{place.rstrip('/')}/{SUMMARY}"
+        place, mark, options = self.out.partition("?")
+        self.ledger, self.spend, self.summary = (
+            f"{place.rstrip('/')}/{name}{mark}{options}" for name in ("ledger", "spend.jsonl", SUMMARY)
+        )
         self.scratch = Path(scratch).absolute()
         self.index = self.scratch / "index"
-        self.spend = self.scratch / "spend.jsonl"
 
     @contextmanager
     def claim(self, config: CollectConfig) -> Iterator[bool]:

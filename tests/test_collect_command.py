@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,22 @@ def wait_for(condition: Any, process: subprocess.Popen[str], within_s: float = 9
         time.sleep(0.05)
 
 
-def test_a_killed_collection_goes_on_and_ends_with_each_key_once(job):
+@pytest.fixture
+def refused_or_done(capsys) -> Iterator[Callable[..., str]]:
+    """Runs, in this process, a command that starts no Ray; returns what it says."""
+    on_stop = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(job: Job, *overrides: str, code: int = 0) -> str:
+        assert main([f"out={job.out}", *SMALL, *overrides]) == code
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    yield run
+    for number, handler in on_stop.items():
+        signal.signal(number, handler)
+
+
+def test_a_killed_collection_goes_on_and_ends_with_each_key_once(job, refused_or_done):
     ledger = Path(job.out) / "ledger"
     first = job.start("tasks.train_count=500")
     wait_for(lambda: ledger.exists() and Ledger(ledger).count() >= 20, first)
@@ -221,18 +236,17 @@ def test_a_killed_collection_goes_on_and_ends_with_each_key_once(job):
     recorded = Ledger(ledger).keys()
     assert 20 <= len(recorded) < 500
 
-    said = job.run("tasks.train_count=500")
-    assert "recorded by an earlier job" in said
-    assert "500 episodes = 500 recorded, each once: every episode is accounted for" in said
-    assert recorded < Ledger(ledger).keys() and Ledger(ledger).count() == 500 and Ledger(ledger).duplicates() == 0
+    said = job.run("tasks.train_count=502")  # more tasks are no other configuration
+    assert f"502 episodes, {len(recorded)} recorded by an earlier job" in said
+    assert "502 episodes = 502 recorded, each once: every episode is accounted for" in said
+    assert recorded < Ledger(ledger).keys() and Ledger(ledger).count() == 502 and Ledger(ledger).duplicates() == 0
     summary = summary_of(job.out)
-    assert summary["complete"] and summary["curation"]["kept"] == 500
+    assert summary["complete"] and summary["curation"]["kept"] == 502
     assert set(summary["teachers"]["starter-expert"]) == {"arithmetic", "two_hop"}
 
-    more = job.run("tasks.train_count=502")
-    assert "502 episodes, 500 recorded by an earlier job" in more and "= 502 recorded" in more
-    assert job.run("tasks.train_count=502").count("nothing is missing") == 1
-    assert "there tasks.arithmetic_share is" in job.run("tasks.arithmetic_share=0.1", code=2)
+    assert "nothing is missing" in refused_or_done(job, "tasks.train_count=502")
+    other = refused_or_done(job, "tasks.train_count=502", "tasks.arithmetic_share=0.1", code=2)
+    assert "belongs to another run: there tasks.arithmetic_share is 0.7, here it is 0.1" in other
 
 
 def test_several_teachers_share_the_tasks_stop_at_the_spend_cap_and_go_on(job, server):
@@ -268,15 +282,16 @@ def test_an_interrupt_lets_what_runs_end(job):
     assert Ledger(f"{job.out}/ledger").count() == server.answered
 
 
-def test_a_collection_in_a_bucket_goes_on_there(ray_cluster, tmp_path, monkeypatch):
+def test_a_collection_in_a_bucket_goes_on_there(ray_cluster, tmp_path, monkeypatch, server, refused_or_done):
     from moto.server import ThreadedMotoServer
+    from pyarrow.fs import S3FileSystem
 
     bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     bucket.start()
     try:
-        _, port = bucket.get_host_and_port()
+        endpoint = f"http://127.0.0.1:{bucket.get_host_and_port()[1]}"
         store = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": "us-east-1",
@@ -284,19 +299,20 @@ def test_a_collection_in_a_bucket_goes_on_there(ray_cluster, tmp_path, monkeypat
         for name, value in store.items():
             monkeypatch.setenv(name, value)
         job = Job(ray_cluster.get_runtime_context().gcs_address, "s3://collected/a", store)
-        few = ["tasks.train_count=12", f"scratch={tmp_path / 'scratch'}"]
-        assert "there is no bucket 'collected'" in job.run(*few, code=2)
-        from pyarrow.fs import S3FileSystem
+        teacher = ["teacher=openai", "teacher.model=m", f"teacher.base_url={server.base_url}"]
+        few = [*teacher, "tasks.train_count=12", f"scratch={tmp_path / 'scratch'}"]
+        assert "there is no bucket 'collected'" in refused_or_done(job, *few, code=2)
+        files = S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True, region="us-east-1")
+        files.create_dir("collected")
 
-        store_fs = S3FileSystem(
-            endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True, region="us-east-1"
-        )
-        store_fs.create_dir("collected")
         assert "12 episodes = 12 recorded" in job.run(*few)
-        assert Ledger("s3://collected/a/ledger").count() == 12
-        with store_fs.open_input_stream("collected/a/summary.json") as file:
-            assert json.loads(file.read())["complete"]
-        assert "nothing is missing" in job.run(*few)
-        assert "belongs to another run: there seed is 0, here it is 1" in job.run(*few, "seed=1", code=2)
+        assert Ledger("s3://collected/a/ledger").count() == server.answered == 12
+        with files.open_input_stream("collected/a/summary.json") as file:
+            assert json.loads(file.read())["spent"]["requests"] == 12
+        with files.open_input_stream("collected/a/spend.jsonl") as file:
+            assert json.loads(file.read())["requests"] == 12
+        assert "nothing is missing" in refused_or_done(job, *few)
+        other = refused_or_done(job, *few, "seed=1", code=2)
+        assert "belongs to another run: there seed is 0, here it is 1" in other
     finally:
         bucket.stop()
