@@ -329,7 +329,7 @@ class LocalMeter:
         async def ask(reservation: str) -> bool:
             return self._meter.try_reserve(reservation, most, lease_s)
 
-        return await _reserve(ask, self._queue)
+        return await _reserve(ask, self._queue, uuid.uuid4().hex)
 
     async def settle(self, reservation: str, charge: Charge) -> None:
         self._meter.settle(reservation, charge)
@@ -361,7 +361,13 @@ class RemoteMeter:
 
         if self._queue is None:
             self._queue = asyncio.Lock()
-        return await _reserve(ask, self._queue)
+        reservation = uuid.uuid4().hex
+        try:
+            return await _reserve(ask, self._queue, reservation)
+        except asyncio.CancelledError:
+            # It may have been given in the meantime. The actor takes our calls in their order.
+            self._handle.release.remote(reservation)
+            raise
 
     async def settle(self, reservation: str, charge: Charge) -> None:
         await self._call("settle", reservation, charge)
@@ -401,10 +407,9 @@ def _remote_meter(handle: Any, timeout_s: float) -> RemoteMeter:
     return RemoteMeter(handle, timeout_s=timeout_s)
 
 
-async def _reserve(ask: Callable[[str], Awaitable[bool]], queue: asyncio.Lock) -> str:
+async def _reserve(ask: Callable[[str], Awaitable[bool]], queue: asyncio.Lock, reservation: str) -> str:
     """Ask until there is room. Whoever waits stands in line, so that one of a client asks at a time and large calls
     get their turn."""
-    reservation = uuid.uuid4().hex
     if not queue.locked() and await ask(reservation):
         return reservation
     async with queue:
