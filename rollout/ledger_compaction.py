@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 
-from rollout import ledger_manifest
+from rollout import ledger_manifest, ledger_mark
 from rollout.ledger_manifest import COMPACTED, FAILURES, SHARDS, Manifest, ShardEntry, Snapshot, is_compacted
 from rollout.ledger_shards import READ_ERRORS, damaged, encode, keys, one_by_one
 from rollout.storage import Storage
@@ -93,7 +93,11 @@ def compact(
     Raises `LedgerError` for a shard that cannot be read (nothing is changed then), `OSError` when the store takes no
     more.
     """
-    started, storage, before = time.monotonic(), ledger.storage, ledger.snapshot()
+    started, storage = time.monotonic(), ledger.storage
+    if ledger_mark.version(storage) is None:
+        return CompactionReport(skipped="there is no ledger yet")
+    ledger_mark.make(storage)  # one of an earlier version becomes one of this, as its merged shards are
+    before = ledger.snapshot()
     _tidy(storage, before)
     ends = started + limit_s if limit_s is not None else float("inf")
     job = _Job(storage, before, target_bytes, ends)

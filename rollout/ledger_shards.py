@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.records import SCHEMA, SCHEMA_VERSION, current, schema_version
-from rollout.storage import Storage, ahead
+from rollout.storage import Storage, StorageError, ahead
 
 ROW_GROUP = 512
 """Rows."""
@@ -74,7 +74,10 @@ def keys(storage: Storage, shard: str) -> list[str]:
 
 def damaged(storage: Storage, shard: str, error: Exception) -> LedgerError:
     """What to say of a shard that cannot be read."""
+    if isinstance(error, StorageError):
+        return LedgerError(str(error))
+    trouble = "Try again; if that does not help: " if storage.width > 1 else ""
     return LedgerError(
-        f"{storage.uri}/{shard} cannot be read ({error}). Shards are written whole, so it was damaged later: "
+        f"{storage.uri}/{shard} cannot be read ({error}). {trouble}Shards are written whole, so it was damaged later: "
         "restore it, or move it away and run again what it held"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,22 @@ def test_a_ledger_of_version_1_is_read_scanned_extended_and_compacted(tmp_path: 
     assert sorted(rows, key=lambda row: row["task_id"])[1] == {"tool_calls": 2, "task_id": old[0].key}
     assert ledger.compact().rows == 3
     assert {each.key: each for each in ledger.trajectories()} == {each.key: each for each in (*old, trajectory("new"))}
+
+
+def test_a_ledger_of_version_1_is_compacted_without_a_writer(tmp_path: Path) -> None:
+    shutil.copytree(V1, tmp_path / "l", ignore=shutil.ignore_patterns("*.md"))
+    shards = tmp_path / "l" / "shards"
+    (shards / "x-000001.parquet").write_bytes((shards / "w-000001.parquet").read_bytes())
+    rows = list(Ledger(tmp_path / "l").trajectories())
+    report = Ledger(tmp_path / "l").compact()
+    assert (report.rows, report.duplicates) == (2, 2)
+    assert list(Ledger(tmp_path / "l").trajectories()) == rows
+    assert Ledger(tmp_path / "l").validate().ok
+
+
+def test_compacting_what_is_no_ledger_yet_makes_none(tmp_path: Path) -> None:
+    assert Ledger(tmp_path / "l").compact().skipped == "there is no ledger yet"
+    assert not (tmp_path / "l").exists()
 
 
 def test_scanning_a_column_that_there_is_not_names_those_that_there_are(tmp_path: Path) -> None:
