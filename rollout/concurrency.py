@@ -1,7 +1,7 @@
 """How many episodes a worker runs at a time.
 
-`AdaptiveConcurrency` is additive increase and multiplicative decrease (Chiu and Jain 1989, as in TCP) by the pressure
-on the engine's KV cache; `Gate` holds episodes to that number.
+`AdaptiveConcurrency` is additive increase and multiplicative decrease (Chiu and Jain 1989) by the pressure on the
+engine's KV cache, with a slow start as TCP has it; `Gate` holds episodes to that number.
 
 A cache that overflows makes an engine preempt requests and compute their prefixes again; one that is half empty leaves
 the engine idle. The right number depends on the length of conversations, which nobody knows before. It knows nothing
@@ -30,20 +30,25 @@ class Pressure:
 
 
 class AdaptiveConcurrency:
-    """A limit between `least` and `most`, started at `start` (by default `most` or 32, whichever is less)."""
+    """A limit between `least` and `most`, started at `start` (by default `most` or 32, whichever is less).
+
+    Until the engine is full for the first time it doubles, from then on it grows by a few.
+    """
 
     def __init__(self, *, least: int, most: int, start: int | None = None) -> None:
         if not 1 <= least <= most:
             raise ValueError(f"concurrency must be 1 <= least <= most, not least={least}, most={most}")
         self.least, self.most = least, most
         self.limit = min(max(start if start is not None else 32, least), most)
+        self._slow_start = True
 
     def observe(self, pressure: Pressure, *, running: int) -> int:
         """The new limit, after `running` episodes put the engine under `pressure`."""
         if pressure.waiting and pressure.kv_usage >= FULL:
+            self._slow_start = False
             self.limit = max(self.least, int(min(self.limit, max(running, self.least)) * DECREASE))
         elif not pressure.waiting and pressure.kv_usage < ROOM and running >= self.limit:
-            self.limit = min(self.most, self.limit + INCREASE)
+            self.limit = min(self.most, 2 * self.limit if self._slow_start else self.limit + INCREASE)
         return self.limit
 
 

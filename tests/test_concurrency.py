@@ -10,10 +10,11 @@ EASY = Pressure(kv_usage=0.3, waiting=0)
 FULL = Pressure(kv_usage=0.97, waiting=9)
 
 
-def test_it_grows_by_steps_while_there_is_room_and_shrinks_by_a_share_when_there_is_none():
-    limit = AdaptiveConcurrency(least=8, most=100, start=40)
-    assert [limit.observe(EASY, running=limit.limit) for _ in range(3)] == [44, 48, 52]
-    assert [limit.observe(FULL, running=52) for _ in range(2)] == [39, 29]
+def test_it_doubles_until_the_engine_is_full_and_then_grows_by_steps_and_shrinks_by_a_share():
+    limit = AdaptiveConcurrency(least=8, most=100, start=20)
+    assert [limit.observe(EASY, running=limit.limit) for _ in range(2)] == [40, 80]
+    assert [limit.observe(FULL, running=80) for _ in range(2)] == [60, 45]
+    assert [limit.observe(EASY, running=limit.limit) for _ in range(3)] == [49, 53, 57]
 
 
 def test_it_stays_between_its_bounds():
