@@ -158,7 +158,7 @@ async def collect(
     try:
         worker = RolloutWorker(
             name="benchmark", policy=policy, envs=envs, settings=settings, feed=LocalFeed(TaskFeed(requests)),
-            ledger=LedgerWriter(Path(folder), writer="benchmark"), sink=sink,
+            ledger=LedgerWriter(Path(folder), writer="benchmark"), sink=sink, adaptive=False,
         )  # fmt: skip
         started = time.monotonic()
         recorded = await worker.run()
