@@ -20,8 +20,6 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-RECIPES = ("starter", "cot", "paper")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 refused before anything started, 1 failed on the way, 130 interrupted."""

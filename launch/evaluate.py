@@ -18,16 +18,18 @@ from typing import Any
 if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from envs.base import Task
+from envs.base import EnvError, Task
+from launch.cluster import ClusterError
 from launch.config import DistillConfig
 from launch.intervals import Score, score
 from launch.live import LiveView
 from launch.wiring import Environments, start_evaluation
 from learner.config import ConfigError
-from rollout.collector import Weights
+from rollout.collector import CollectionError, Weights
 from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
+from rollout.placement import PlacementError
 from rollout.policy_spec import PolicySpec
 from rollout.run_vote import vote_runs
 
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _evaluate_folder(options)
-    except (ValueError, EvaluationError, OSError) as error:
+    except (ValueError, EvaluationError, OSError, ClusterError, CollectionError, PlacementError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

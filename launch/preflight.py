@@ -26,6 +26,7 @@ def check(config: DistillConfig) -> None:
         known = ", ".join(sorted(OBJECTIVES))
         raise ConfigError(f"config learner.objective: {objective!r} is unknown; there are {known}")
     _check_model("learner.model_path", config.learner.model_path)
+    _check_lasting("run_dir", config.run_dir)
     _check_job(config, RunFolder(config.run_dir).index)
 
 
@@ -33,6 +34,7 @@ def check_collection(config: CollectConfig) -> None:
     """The same for a collection."""
     from launch.collect_folder import CollectFolder
 
+    _check_lasting("out", config.out)
     _check_job(config, CollectFolder(config.out, config.scratch).index)
 
 
@@ -59,6 +61,13 @@ def _check_job(config: JobConfig, index: Path) -> None:
     for key, spec in teachers.items():  # last: it waits for others
         if is_endpoint(spec):
             _check_endpoint(key, spec)
+
+
+def _check_lasting(key: str, folder: str) -> None:
+    """A submitted job runs in a copy of the working directory that Ray removes some day."""
+    if "working_dir_files" in Path.cwd().parts and "://" not in folder and not Path(folder).is_absolute():
+        lasting = "an absolute path that all nodes share" + (" or s3://bucket/path" if key == "out" else "")
+        raise ConfigError(f"config {key}: {folder!r} would vanish with the submitted job's copy; give {lasting}")
 
 
 def _check_tokenizer(key: str, tokenizer: str) -> None:

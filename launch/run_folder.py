@@ -110,9 +110,9 @@ def read_record(text: str, where: object, schema: type[_Job]) -> _Job:
 def check_same(place: str, old: JobConfig, new: JobConfig, free: Sequence[str]) -> None:
     """Raises `RunFolderError` when `place`, which belongs to `old`, must not be used by `new`."""
     there, here = _fixed(old, free), _fixed(new, free)
-    differing = {key for key in there.keys() | here.keys() if there.get(key) != here.get(key)}
+    differing = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
     if differing:
-        key = min(differing, key=lambda name: (name.count("."), name))  # `seed` says more than `episode.seed`
+        key = min(differing, key=lambda name: name.count("."))  # `seed` says more than `episode.seed`
         more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
         raise RunFolderError(
             f"{place} belongs to another run: there {key} is {there.get(key)!r}, "

@@ -1,12 +1,16 @@
 """Configuration: every recipe composes and is valid, and every mistake ends in one line that names it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.config_reading import CONFIG_FOLDER, compose, load_config, parse_config, to_plain
+from launch.config import DIALECT_OF_ENV, CollectConfig, DistillConfig
+from launch.config_reading import CONFIG_FOLDER, NOT_COLLECTED, compose, load_config, parse_config, to_plain
+from launch.run_folder import RunFolder, RunFolderError
+from launch.world import load_world
 from learner.config import ConfigError
 
 RECIPES = sorted(path.stem for path in (CONFIG_FOLDER / "recipe").glob("*.yaml"))
@@ -14,11 +18,12 @@ NO_FILE = "[{path: /no/such.jsonl, kind: k}]"
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.parametrize("schema", [DistillConfig, CollectConfig], ids=lambda schema: schema.__name__)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_valid_and_survives_a_round_trip(recipe):
-    config = load_config([f"recipe={recipe}"])
+def test_every_recipe_is_valid_and_survives_a_round_trip(recipe, schema):
+    config = load_config([f"recipe={recipe}"], schema)
     assert config.recipe == recipe
-    assert parse_config(to_plain(config)) == config
+    assert parse_config(json.loads(json.dumps(to_plain(config))), schema) == config
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,10 @@ def test_every_group_file_composes(group):
         "env=search": ["teacher=vllm", "teacher.model=m/n"],
         "tasks=files": ["tasks.train=[{path: a.jsonl, kind: k}]", "tasks.test=[{path: b.jsonl, kind: k}]"],
     }
-    load_config([group, *needs.get(group, [])])
+    overrides = [group, *needs.get(group, [])]
+    load_config(overrides)
+    if group.partition("=")[0] not in NOT_COLLECTED:
+        load_config(overrides, CollectConfig)
 
 
 def test_paper_recipe_has_the_papers_values():
@@ -48,6 +56,7 @@ def test_paper_recipe_has_the_papers_values():
     assert (learner.lr, learner.epochs, learner.max_row_tokens, learner.optimizer) == (2e-4, 2, 10240, "adamw")
     assert learner.rows_per_step == 8
     assert (config.episode.max_steps, config.episode.first_thought, config.rollout.samples) == (5, True, 1)
+    assert config.episode.prompt == "teacher"  # with tools and examples; the student's is one line
     assert (config.retrieval.encoder, config.env.search_results) == ("intfloat/e5-base-v2", 3)
     assert (config.retrieval.query_prefix, config.retrieval.passage_prefix) == ("query: ", "passage: ")
     evaluate = config.evaluate
@@ -80,6 +89,51 @@ def test_mistakes_are_named_in_one_line(overrides, complaint):
     with pytest.raises(ConfigError, match=complaint) as caught:
         load_config(overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("env", DIALECT_OF_ENV)
+def test_an_env_brings_the_dialect_that_it_is_spoken_to_in(env):
+    config = load_config([f"env={env}", "teacher=vllm", "teacher.model=m/n"])
+    assert config.episode.dialect == DIALECT_OF_ENV[env]
+
+
+def test_chain_of_thought_may_be_given_passages():
+    config = load_config(["recipe=cot_rag"])
+    assert (config.env.name, config.env.context_passages, config.episode.max_steps) == ("answer", 3, 1)
+    assert load_world(config, Path("unused")).retriever is not None
+    assert load_world(load_config(["recipe=cot"]), Path("unused")).retriever is None
+
+
+def test_parallel_engines_are_configured_like_any_value():
+    sizes = ["tensor_parallel_size=4", "pipeline_parallel_size=2", "data_parallel_size=3"]
+    teacher = load_config(["recipe=paper", *(f"teacher.{size}" for size in sizes)]).teacher
+    assert (teacher.tensor_parallel_size, teacher.pipeline_parallel_size, teacher.data_parallel_size) == (4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["spend.usd=5"],
+        ["teacher.base_url=http://other:8000/v1"],
+        ["teacher.prices={prompt_usd_per_million: 1, completion_usd_per_million: 2}"],
+        ["rollout.concurrency=7"],
+        ["rollout.retry_quarantined=true"],
+    ],
+)
+def test_where_a_teacher_runs_and_what_it_costs_may_change_between_two_jobs(change, tmp_path):
+    teacher = ["teacher=openai", "teacher.model=m", "teacher.base_url=http://one:8000/v1"]
+    for overrides in (teacher, [*teacher, *change]):
+        with RunFolder(tmp_path / "run").claim(load_config(overrides)):
+            pass
+
+
+def test_another_teacher_is_another_run(tmp_path):
+    with RunFolder(tmp_path / "run").claim(load_config()):
+        pass
+    config = load_config(["teacher=vllm", "teacher.model=m/n"])
+    with pytest.raises(RunFolderError, match="there teacher.kind is 'expert', here it is 'vllm'"):
+        with RunFolder(tmp_path / "run").claim(config):
+            pass
 
 
 def test_overrides_reach_fields_that_no_yaml_names():
@@ -135,8 +189,6 @@ def test_the_job_asks_for_a_judge_before_it_starts(tmp_path):
 
 
 def test_the_job_refuses_a_folder_of_another_run(tmp_path):
-    from launch.run_folder import RunFolder
-
     with RunFolder(tmp_path / "run").claim(load_config(["seed=1"])):
         pass
     result = job(f"run_dir={tmp_path / 'run'}", "seed=2")
