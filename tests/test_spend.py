@@ -292,6 +292,24 @@ def test_clients_in_other_processes_share_one_meter(ray_cluster: Any, tmp_path: 
     ray_cluster.kill(actor)
 
 
+def test_a_caller_that_is_cancelled_holds_nothing(ray_cluster: Any) -> None:
+    actor = ray_cluster.remote(SpendMeter).options(num_cpus=0).remote(SpendCap(usd=0.05))
+    meter = RemoteMeter(actor)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            first = await meter.reserve(charge(usd=0.05))
+            waiting = asyncio.create_task(meter.reserve(charge(usd=0.05)))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await meter.release(first)
+            assert (await meter.snapshot()).reserved_usd == 0.0
+
+    asyncio.run(scenario())
+    ray_cluster.kill(actor)
+
+
 def test_a_meter_that_is_gone_stops_the_spending(ray_cluster: Any) -> None:
     actor = ray_cluster.remote(SpendMeter).options(num_cpus=0).remote()
     meter = pickle.loads(pickle.dumps(RemoteMeter(actor, timeout_s=20)))
