@@ -79,7 +79,7 @@ class LedgerWriter:
         self._clean()
         # Never used again, also when compaction has removed these shards: a manifest speaks of shards by name. Names of
         # one writer sort in the order of time.
-        self._session = f"{writer}-{int(time.time() * 1000):011x}{os.urandom(3).hex()}"
+        self._session = f"{writer}-{int(time.time() * 1e6):013x}{os.urandom(3).hex()}"
         self._number = 0
 
     def append(self, trajectories: Sequence[Trajectory]) -> list[str]:

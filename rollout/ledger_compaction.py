@@ -46,7 +46,7 @@ FULL_BYTES = 16 * 2**20
 """A compacted shard of this file size is left as it is."""
 MANY = 64
 """So many small shards are compacted at the start of a run."""
-LIMIT_S = 2.0
+LIMIT_S = 1.0
 """What compaction may take at the start of a run; later starts, or its end, go on with what is left."""
 _ORPHAN_AGE_S = 6 * 3600.0
 """A merged shard that no manifest names is a compaction in flight until it is this old, or its number is taken."""

@@ -235,9 +235,24 @@ def _link(temporary: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # no hard links here (some network file systems)
+        if not temporary.exists():
+            raise
+        rename_to_new(temporary, target)
+
+
+def rename_to_new(temporary: Path, target: Path) -> None:
+    """What `os.link` does, where there are no hard links. Raises `FileExistsError`, also while somebody else is at it.
+
+    Whoever is killed in here leaves a file that keeps this one name taken until it is cleaned up as a leftover.
+    """
+    lock = target.with_name(f".{target.name}-lock.tmp")
+    os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    try:
         if target.exists():
-            raise FileExistsError(f"{target} exists already") from None
+            raise FileExistsError(f"{target} exists already")
         os.rename(temporary, target)
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

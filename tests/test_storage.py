@@ -14,7 +14,7 @@ import pytest
 
 from rollout.ledger import Ledger, LedgerError, LedgerWriter
 from rollout.object_storage import ObjectStorage
-from rollout.storage import FolderStorage, StorageError, open_storage
+from rollout.storage import FolderStorage, StorageError, open_storage, rename_to_new
 from rollout.trajectory import FailureClass
 from tests.loopback_server import AnsweringHandler, LoopbackServer
 from tests.test_ledger import ROOT, trajectory
@@ -41,6 +41,28 @@ def test_of_many_who_claim_a_name_one_gets_it(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(won) == [False] * 7 + [True]
+
+
+def test_where_there_are_no_hard_links_one_of_many_gets_the_name_all_the_same(tmp_path: Path) -> None:
+    won: list[int] = []
+    both = threading.Barrier(8)
+
+    def work(i: int) -> None:
+        (tmp_path / f".{i}.tmp").write_text(str(i))
+        both.wait(30)
+        try:
+            rename_to_new(tmp_path / f".{i}.tmp", tmp_path / "it")
+        except FileExistsError:
+            return
+        won.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [(tmp_path / "it").read_text()] == [str(i) for i in won]
+    assert not (tmp_path / ".it-lock.tmp").exists()
 
 
 def test_a_scheme_that_is_not_known_is_refused_by_name() -> None:
