@@ -22,6 +22,7 @@ from typing import Any
 
 from envs.answer_env import AnswerEnv
 from envs.base import Env, EnvError, Observation, StepResult, Task
+from envs.bounds import check_bounds
 from envs.grading import grade
 from envs.grading_math import MathSpec, configure_math
 from envs.judge import JudgeSpec, configure_judge
@@ -66,8 +67,13 @@ class EnvSpec:
     """The LLM judge of tasks whose grader is "judge"; asked by each host, with a pace of its own."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, at_least_1=("max_steps", "search_results"))
         if self.name not in ENV_NAMES:
             raise ValueError(f"env {self.name!r} is unknown; there are {', '.join(ENV_NAMES)}")
+        if self.search_format != "numbered":
+            from envs.retrieval.formatting import get_formatter
+
+            get_formatter(self.search_format)
         if self.mcp_servers and self.name not in ("code", "tool"):
             raise ValueError(f"env {self.name!r} calls no tools, so mcp_servers must be left out")
         if self.context_passages < 0:

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from envs.bounds import check_bounds
 from envs.pool import EnvSpec
 from envs.tasks import Columns
 from learner.config import LearnerConfig
@@ -64,6 +65,7 @@ class TasksConfig:
             raise ValueError(
                 f"train_count and test_count must be at least 1, not {self.train_count} and {self.test_count}"
             )
+        check_bounds(self, shares=("arithmetic_share",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,9 @@ class RetrievalConfig:
     passage_prefix: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, above_0=("timeout_s",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +107,14 @@ class RolloutConfig:
     queue_capacity: int = 256
     """Trajectories between rollout and learner; when it is full, rollout waits."""
 
+    def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            at_least_0=("env_hosts",),
+            at_least_1=("samples", "workers", "concurrency", "queue_capacity"),
+            above_0=("env_timeout_s",),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
@@ -118,6 +131,17 @@ class EvaluateConfig:
     dtype: str = "auto"
     kv_cache_mb: int | None = None
     enforce_eager: bool = False
+    engine: Literal["auto", "in_process", "own_process"] = "auto"
+    """On a CPU: where the engine runs; see `rollout.vllm_policy`."""
+
+    def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            at_least_0=("fruitless_steps", "temperature"),
+            at_least_1=("max_tokens", "max_model_len", "candidates", "concurrency", "kv_cache_mb"),
+            above_0=("top_p",),
+            shares=("top_p",),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +157,9 @@ class ClusterConfig:
     """GPUs of one vLLM engine, for each of its tensor-parallel ranks; 0 runs it on CPUs."""
     gpus_per_rank: float = 0.0
     """GPUs of one learner rank."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, at_least_0=("num_cpus", "gpus_per_worker", "gpus_per_rank"), at_least_1=("object_store_mb",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +177,7 @@ class TeacherShare:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"the weight of a teacher must be above 0, not {self.weight}")
+        check_bounds(self, at_least_1=("workers", "concurrency"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

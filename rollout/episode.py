@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from envs.base import EnvError, Observation, ObservationKind, StepResult, Task, TaskError
+from envs.bounds import check_bounds
 from rollout.async_env import AsyncEnv
 from rollout.dialects import COT, DIALECTS, Dialect, ParsedTurn
 from rollout.early_exit import EarlyExit, fruitless
@@ -73,6 +74,13 @@ class EpisodeSettings:
     """Ask for the log-probabilities of what is sampled, where a policy has them."""
 
     def __post_init__(self) -> None:
+        check_bounds(
+            self,
+            at_least_0=("temperature",),
+            at_least_1=("max_steps", "max_tokens", "candidates"),
+            above_0=("deadline_s", "top_p"),
+            shares=("top_p",),
+        )
         if self.dialect not in DIALECTS:
             raise ValueError(f"dialect {self.dialect!r} is unknown; there are {sorted(DIALECTS)}")
         if self.guide not in GUIDES:

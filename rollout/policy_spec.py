@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from envs.bounds import check_bounds
 from rollout.expert import ExpertPolicy
 from rollout.policy import Policy
 from rollout.rate_limits import RateLimits, Retries
@@ -82,6 +83,13 @@ class PolicySpec:
             raise ValueError(f"policy kind {self.kind!r} is unknown; there are {', '.join(KINDS)}")
         if self.kind != "expert" and not self.model:
             raise ValueError(f"a policy of kind {self.kind!r} needs a model")
+        engines = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        check_bounds(
+            self,
+            at_least_1=("max_model_len", "max_num_seqs", "kv_cache_bytes", *engines),
+            above_0=("gpu_memory_utilization",),
+            shares=("gpu_memory_utilization",),
+        )
         for spec in fields(self):
             kinds = _KINDS_OF_FIELD.get(spec.name, KINDS)
             value = getattr(self, spec.name)
