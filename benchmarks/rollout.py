@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--env-hosts", type=int, help="Ray actors for the envs, 0: none; default: the embedded default's"
     )
-    parser.add_argument("--engine", choices=get_args(EngineKind), default="auto", help="where vLLM runs")
+    parser.add_argument("--engine", choices=get_args(EngineKind), help="where vLLM runs; default: as configured")
     parser.add_argument(
         "--candidates", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8],
         help="engine: 1, 8 or both, as 1,8",

@@ -5,7 +5,7 @@
 
 Example::
 
-    with stage(student, concurrency=64, slots=64, tasks=200, engine="auto", env_hosts=None) as ready:
+    with stage(student, concurrency=64, slots=64, tasks=200, engine=None, env_hosts=None) as ready:
         collected = ready.collect(ready.tasks, ready.settings(temperature=0.7), 64)
         print(collected.steps / collected.wall_s)
 """
@@ -233,11 +233,11 @@ class Stage:
 
 @contextmanager
 def stage(
-    student: Path, *, concurrency: int, slots: int, tasks: int, engine: EngineKind, env_hosts: int | None
+    student: Path, *, concurrency: int, slots: int, tasks: int, engine: EngineKind | None, env_hosts: int | None
 ) -> Iterator[Stage]:
     """Ray, retrieval, `slots` env slots, the engine as for `concurrency` episodes; everything ends with the block.
 
-    `env_hosts`: Ray actors that hold the envs, 0 for envs of this process; None: as the embedded default has it.
+    `engine`, `env_hosts` (Ray actors that hold the envs, 0 for envs of this process): None is the embedded default's.
     """
     from launch.cluster import ray_cluster
     from launch.evaluate import student_spec
@@ -270,7 +270,7 @@ def stage(
             max_num_seqs=spec.max_num_seqs,
             kv_cache_bytes=spec.kv_cache_bytes,
             enforce_eager=spec.enforce_eager,
-            engine=engine,
+            engine=engine or spec.engine,
         )
         ready = Stage(config, world, search, envs, policy)
         try:

@@ -52,6 +52,7 @@ def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
         max_num_seqs=max(evaluate.concurrency, 8) * 4,
         kv_cache_bytes=evaluate.kv_cache_mb << 20 if evaluate.kv_cache_mb else None,
         enforce_eager=evaluate.enforce_eager,
+        engine=evaluate.engine,
     )
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rollout.concurrency import Pressure
+from rollout.engine_cores import ReservedCores, pin_process, reserve_cores
 from rollout.policy import EngineDiedError, PolicyError
 from rollout.trajectory import FailureClass
 
@@ -70,6 +71,10 @@ class WorkerExtension:
         own core would stay, and keep its GPUs."""
         threading.Thread(target=_end_with, args=(pid, os.getppid()), name="follow", daemon=True).start()
 
+    def pin(self, cores: Sequence[int]) -> None:
+        """All threads of the engine's process run on these cores alone."""
+        pin_process(set(cores))
+
     def load_checkpoint(self, path: str) -> None:
         """Load a folder's weights in place."""
         from vllm.platforms import current_platform
@@ -102,8 +107,13 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def start_engine(arguments: Mapping[str, Any], *, version: str, own_process: bool) -> VllmEngine:
-    """Load a model and block until it is ready. `arguments` are those of vLLM's `EngineArgs`."""
+def start_engine(
+    arguments: Mapping[str, Any], *, version: str, own_process: bool, own_cores: int = 0
+) -> VllmEngine:
+    """Load a model and block until it is ready. `arguments` are those of vLLM's `EngineArgs`.
+
+    `own_cores`: cores that an engine in a process of its own gets for itself, where they can be spared.
+    """
     _look_past_numba()
     _spare_token_texts()
     arguments = {
@@ -112,7 +122,7 @@ def start_engine(arguments: Mapping[str, Any], *, version: str, own_process: boo
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    return AsyncEngine(arguments, version) if own_process else InProcessEngine(arguments, version)
+    return AsyncEngine(arguments, version, own_cores) if own_process else InProcessEngine(arguments, version)
 
 
 def _look_past_numba() -> None:
@@ -302,14 +312,19 @@ class AsyncEngine:
     Its core is a process that ends with this one.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], version: str) -> None:
+    def __init__(self, arguments: Mapping[str, Any], version: str, own_cores: int = 0) -> None:
         self._running = 0
+        self._cores: ReservedCores | None = None
         self._pressure = Pressure(kv_usage=0.0, waiting=0)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True)
         self._thread.start()
         try:
             self._engine: Any = self._there(self._start(arguments, version)).result(_START_TIMEOUT_S)
+            self._cores = reserve_cores(own_cores)
+            if self._cores is not None:
+                pinned = self._engine.collective_rpc("pin", args=(self._cores.numbers,))
+                self._there(pinned).result(_CLOSE_TIMEOUT_S)
         except BaseException:
             self._stop_loop()
             raise
@@ -335,6 +350,8 @@ class AsyncEngine:
             with contextlib.suppress(Exception):  # it is over either way
                 self._there(self._shutdown()).result(_CLOSE_TIMEOUT_S)
             self._stop_loop()
+        if self._cores is not None:
+            self._cores.release()
 
     def _there(self, coroutine: Any) -> concurrent.futures.Future[Any]:
         """Cancelling the future cancels the coroutine."""

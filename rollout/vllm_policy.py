@@ -137,7 +137,12 @@ class VllmPolicy:
             else:
                 arguments |= _cpu_arguments(config, dtype, max_model_len, max_num_seqs, kv_cache_bytes)
             own_process = gpu or engine == "own_process"
-            self._engine: VllmEngine = start_engine(arguments, version=weights_version, own_process=own_process)
+            self._engine: VllmEngine = start_engine(
+                arguments,
+                version=weights_version,
+                own_process=own_process,
+                own_cores=0 if gpu else int(os.environ["OMP_NUM_THREADS"]),
+            )
         except Exception as error:
             raise PolicyError(f"cannot load {model!r} on vLLM: {error}", FailureClass.INPUT) from error
         self._request_numbers = itertools.count()
