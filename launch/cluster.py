@@ -86,10 +86,9 @@ def _check_variables(names: Sequence[str]) -> None:
     except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
         raise ClusterError(f"the cluster runs nothing for us: {str(error).strip().splitlines()[-1]}") from None
     if unset:
-        variables = ", ".join(f'"{name}": "..."' for name in unset)
         raise ClusterError(
-            f"{', '.join(unset)}: set here, but not where the cluster's workers run; set it on the nodes, or submit "
-            f"the job with --runtime-env-json '{{\"env_vars\": {{{variables}}}}}'"
+            f"{', '.join(unset)}: set here, but not where the cluster's workers run: set it in the environment of the "
+            "nodes (or in the job's runtime environment, which Ray writes to its own logs)"
         )
 
 
