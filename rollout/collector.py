@@ -34,6 +34,7 @@ from rollout.placement import engine_demand, place_engine, release
 from rollout.policy_spec import PolicySpec
 from rollout.spend import RemoteMeter
 from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed, WorkerState
+from rollout.trajectory import FailureClass
 from rollout.worker import RolloutWorker
 
 BARREN_STARTS = 3
@@ -162,6 +163,11 @@ class RolloutActor:
         stats: Callable[[], Mapping[str, float]] | None = getattr(self._policy, "stats", None)
         return dict(stats()) if stats is not None else {}
 
+    async def forget_prefixes(self) -> None:
+        """See `VllmPolicy.forget_prefixes`; for engines of this worker alone."""
+        await self.start()
+        await self._policy.forget_prefixes()
+
     async def pid(self) -> int:
         return os.getpid()
 
@@ -245,6 +251,8 @@ class Collection:
         self._hosts = hosts if isinstance(hosts, LocalEnvs) else tuple(hosts)
         self._ledger, self._queue, self._weights, self._adaptive = ledger, queue, weights, adaptive
         self._barren = [0] * len(self._actors)
+        self._proven: set[int] = set()
+        """Workers that have recorded something before they died."""
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
         self._feed: Any = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
         self._running: dict[Any, tuple[int, str]] = {}
@@ -274,7 +282,7 @@ class Collection:
             except RayActorError as error:
                 self._replace(index, name, error)
             except RayTaskError as error:
-                if not getattr(error.cause, "ends_collection", False):
+                if not self._may_work_again(index, error.cause):
                     raise CollectionError(f"rollout worker {index}: {_words(error.cause)}") from error
                 ray.kill(self._actors[index], no_restart=False)  # what an engine leaves behind ends with its process
                 self._replace(index, name, error.cause)
@@ -316,12 +324,19 @@ class Collection:
         slots = tuple((number % len(self._hosts), number) for number in numbers)
         return EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
 
+    def _may_work_again(self, index: int, error: BaseException) -> bool:
+        """Its engine died; or could not be loaded again, though it had worked before."""
+        engine = getattr(error, "failure_class", None) is FailureClass.ENGINE
+        return getattr(error, "ends_collection", False) or (engine and index in self._proven)
+
     def _replace(self, index: int, name: str, error: Exception) -> None:
         import ray
 
         # What the dead worker had recorded but not reported must not be run again.
         keys = list(Ledger(self._ledger).keys())
         recorded = ray.get(self._feed.release.remote(name, keys), timeout=FEED_S)
+        if recorded:
+            self._proven.add(index)
         self._barren[index] = 0 if recorded else self._barren[index] + 1
         if self._barren[index] > BARREN_STARTS:
             raise CollectionError(

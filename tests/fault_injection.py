@@ -8,7 +8,7 @@ Example::
 
     disk = SmallDisk(tmp_path / "out", kept=tmp_path / "kept", megabytes=48)
     job = subprocess.Popen(disk.command([sys.executable, "launch/collect.py", f"out={disk.folder}"]), ...)
-    Faults(3, kills={"EnvHost": 2}).run(job, mark, done=lambda: share_of_episodes_recorded(), disk=disk)
+    Faults(3, kills={"ray::EnvHost": 2}).run(job, mark, done=lambda: share_of_episodes_recorded(), disk=disk)
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from=$2 kept=$3 && shift 3
 code=$?
 cp -a "$from"/. "$kept"/ && exit $code
 """
+_FULL_S = 4.0
 _IS_ROOT = os.geteuid() == 0
 # The job stays the user that it is: the sandbox that it starts does more for root.
 _NAMESPACE = ["unshare", "-m"] if _IS_ROOT else ["unshare", "-Um", "--map-current-user", "--keep-caps"]
@@ -78,13 +79,13 @@ class SmallDisk:
 class Faults:
     """Draws what is broken when, and breaks it. `done` counts by name."""
 
-    def __init__(self, seed: int, *, kills: Mapping[str, int], full_s: float = 4.0) -> None:
-        """`kills`: how often a process of this class of actor."""
+    def __init__(self, seed: int, *, kills: Mapping[str, int], earliest: float = 0.05, latest: float = 0.85) -> None:
+        """`kills`: how often, of the processes whose title begins so."""
         print(f"faults are drawn from seed {seed}")
         self._rng = random.Random(seed)
         names = [name for name, count in kills.items() for _ in range(count)]
-        self._plan = sorted((self._rng.uniform(0.05, 0.85), name) for name in names)
-        self._full_at, self._full_s = self._rng.uniform(0.3, 0.6), full_s
+        self._plan = sorted((self._rng.uniform(earliest, latest), name) for name in names)
+        self._full_at = self._rng.uniform(0.3, 0.6)
         self.done: Counter[str] = Counter()
 
     def run(
@@ -93,25 +94,26 @@ class Faults:
         """Until the job ends. Each fault comes when `done()`, the share of the work that is recorded, is as drawn."""
         while job.poll() is None:
             share = done()
-            if self._plan and share >= self._plan[0][0]:
-                self.kill(self._plan.pop(0)[1], mark)
+            if self._plan and share >= self._plan[0][0] and self.kill(self._plan[0][1], mark):
+                self._plan.pop(0)
             if disk is not None and share >= self._full_at and not self.done["full disk"]:
                 self._fill(job, disk, mark)
             time.sleep(0.1)
 
-    def kill(self, name: str, mark: Path) -> None:
-        """SIGKILL for one process of this class of actor, if there is one now."""
-        found = [process for process in processes_of(mark) if _title(process).startswith(f"ray::{name}")]
+    def kill(self, name: str, mark: Path) -> bool:
+        """SIGKILL for one process whose title begins with `name`, if there is one now: whether there was."""
+        found = [process for process in processes_of(mark) if _title(process).startswith(name)]
         if found:
             os.kill(self._rng.choice(sorted(found, key=lambda each: each.pid)).pid, signal.SIGKILL)
             self.done[name] += 1
+        return bool(found)
 
     def _fill(self, job: subprocess.Popen, disk: SmallDisk, mark: Path) -> None:
         filler = disk.fill(job)
         self.done["full disk"] += 1
-        time.sleep(self._full_s / 2)
-        self.kill("RolloutActor", mark)  # what it has finished and cannot write must be done again
-        time.sleep(self._full_s / 2)
+        time.sleep(_FULL_S / 2)
+        self.kill("ray::RolloutActor", mark)  # what it has finished and cannot write must be done again
+        time.sleep(_FULL_S / 2)
         filler.unlink()
 
 

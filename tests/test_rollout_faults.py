@@ -21,6 +21,7 @@ from envs.starter import StarterWorld
 from launch.config import CollectConfig
 from launch.config_reading import load_config
 from launch.world import load_world
+from learner.base_student import BASE_STUDENT_FOLDER
 from rollout.expert import ExpertPolicy
 from rollout.ledger import Ledger
 from rollout.policy import Sampling
@@ -92,7 +93,7 @@ def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
     tasks = load_world(config, scratch).train
     expected = {config.episode.key(task, "m", 0): task for task in tasks}
     always, once = {task.question for task in tasks[::65]}, {task.question for task in tasks[1::40]}
-    faults = Faults(seed, kills={"EnvHost": 3, "RolloutActor": 1})
+    faults = Faults(seed, kills={"ray::EnvHost": 3, "ray::RolloutActor": 1})
     with (
         tempfile.TemporaryDirectory(prefix="ray-") as ray_folder,
         FaultServer(Teacher(always=always, once=once), share=0.3, seed=seed, slow_s=6.0, key=KEY) as server,
@@ -123,7 +124,7 @@ def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
     assert job.returncode == 0
 
     # What was injected really was.
-    assert faults.done["EnvHost"] >= 2 and faults.done["RolloutActor"] >= 2 and faults.done["full disk"] == 1
+    assert faults.done["ray::EnvHost"] >= 2 and faults.done["ray::RolloutActor"] >= 2 and faults.done["full disk"] == 1
     assert set(server.faults_injected) == set(FAULTS)
 
     # Exactly the expected keys, each once.
@@ -207,6 +208,67 @@ def test_a_worker_that_is_slow_to_come_back_is_waited_for(ray_cluster, tmp_path)
 
 
 @pytest.mark.timeout(120)
+def test_an_engine_that_worked_before_is_loaded_again_when_that_fails_once(ray_cluster, tmp_path):
+    import ray
+
+    from envs.pool import EnvSpec, start_env_hosts
+    from rollout.collector import Collection, CollectionError, RolloutActor, missing_requests
+    from rollout.episode import EpisodeSettings
+    from rollout.policy_spec import PolicySpec
+
+    class Mortal(RolloutActor):
+        """`fates`, one a process: "dies" once something is recorded, "fails" to load, "works"."""
+
+        def __init__(self, spec, folder, fates):
+            super().__init__(spec)
+            (folder / "processes").mkdir(exist_ok=True)
+            self._fate = fates[len(list((folder / "processes").iterdir()))]
+            (folder / "processes" / str(os.getpid())).touch()
+
+        async def start(self):
+            from rollout.policy import PolicyError
+
+            if self._fate == "fails":
+                raise PolicyError("cannot load the model")
+            return await super().start()
+
+        async def run(self, *arguments):
+            running = asyncio.create_task(super().run(*arguments))
+            while self._fate == "dies":
+                await asyncio.sleep(0.02)
+                if Ledger(arguments[4]).keys():
+                    os._exit(1)
+            return await running
+
+    spec, settings = PolicySpec(kind="expert"), EpisodeSettings()
+    hosts = start_env_hosts(EnvSpec(), count=1, slots_per_host=2, search=None)
+    tasks = StarterWorld(0).train_tasks(200, seed=0, arithmetic_share=1.0)
+
+    def collect(name, fates):
+        (tmp_path / name).mkdir()
+        ledger = tmp_path / name / "ledger"
+        actor = ray.remote(Mortal).options(num_cpus=0, max_concurrency=4, max_restarts=-1).remote(
+            spec, tmp_path / name, fates
+        )  # fmt: skip
+        requests, _ = missing_requests(tasks, policy=spec.policy_name, settings=settings, ledger=Ledger(ledger))
+        collection = Collection([actor], hosts, requests, settings=settings, ledger=ledger, concurrency=2)
+        try:
+            while not collection.poll(timeout_s=0.05):
+                pass
+        finally:
+            collection.close()
+            ray.kill(actor)
+        return Ledger(ledger).keys() == {request.key for request in requests}
+
+    try:
+        assert collect("again", ["dies", "fails", "works"])
+        with pytest.raises(CollectionError, match="rollout worker 0: PolicyError: cannot load the model"):
+            collect("never", ["fails", "works"])
+    finally:
+        ray.kill(hosts[0])
+
+
+@pytest.mark.timeout(120)
 def test_an_episode_waits_for_a_host_that_is_slow_to_come_back(ray_cluster, tmp_path):
     import ray
 
@@ -247,3 +309,69 @@ def test_an_episode_waits_for_a_host_that_is_slow_to_come_back(ray_cluster, tmp_
         assert asyncio.run(episode()).reward == 1.0
     finally:
         ray.kill(host)
+
+
+class VllmJob:
+    """`launch/collect.py` with the student as teacher, on vLLM: 500 short episodes."""
+
+    def __init__(self, folder: Path, engine: str) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.overrides = [
+            f"out={self.out}", "tasks.train_count=500", "tasks.test_count=1", "retrieval.kind=none",
+            "teacher=vllm", f"teacher.model={BASE_STUDENT_FOLDER}", f"teacher.engine={engine}", "teacher.name=m",
+            "teacher.max_model_len=1024", "teacher.kv_cache_bytes=67108864", "rollout.concurrency=16",
+            "episode.max_steps=2", "episode.max_tokens=24",
+        ]  # fmt: skip
+        config = load_config(self.overrides, CollectConfig)
+        tasks = load_world(config, folder).train
+        self.expected = {config.episode.key(task, "m", 0) for task in tasks}
+        self.output = folder / "output.txt"
+
+    def start(self) -> subprocess.Popen:
+        command = [sys.executable, "launch/collect.py", *self.overrides]
+        environment = {**os.environ, "APPRENTICE_TEST_RUN": str(self.folder)}
+        with open(self.output, "wb") as output:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def share(self) -> float:
+        return Ledger(self.out / "ledger").count() / len(self.expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("engine", "dies"), [("own_process", "VLLM::"), ("in_process", "ray::RolloutActor")])
+def test_engine_and_driver_are_killed_and_the_same_command_does_what_is_missing(tmp_path, engine, dies):
+    pytest.importorskip("vllm")
+    seed = int(os.environ.get("FAULT_SEED", "0"))
+    job = VllmJob(tmp_path, engine)
+    first = job.start()
+
+    def until_70_percent() -> float:
+        share = job.share()
+        if share >= 0.7:
+            first.kill()
+        return share
+
+    faults = Faults(seed, kills={dies: 2}, latest=0.5)
+    faults.run(first, tmp_path, done=until_70_percent)
+    print(job.output.read_text())
+    assert first.returncode == -9 and faults.done[dies] == 2
+    assert_nothing_left(tmp_path)
+    ledger = Ledger(job.out / "ledger")
+    before = ledger.keys()
+    assert 0.7 <= len(before) / len(job.expected) < 1 and ledger.duplicates() == 0
+
+    again = job.start()
+    # A first engine that cannot be loaded ends the job, so it dies when it has shown that it can work.
+    had = len(before) / len(job.expected)
+    faults = Faults(seed + 1, kills={dies: 1}, earliest=had + 0.01, latest=(had + 1) / 2)
+    faults.run(again, tmp_path, done=job.share)
+    said = job.output.read_text()
+    print(said)
+    assert again.returncode == 0 and faults.done[dies] == 1
+    assert_nothing_left(tmp_path)
+    assert f"500 episodes, {len(before)} of them recorded by an earlier job" in said
+    ledger = Ledger(job.out / "ledger")
+    assert ledger.keys() == job.expected and before < job.expected
+    assert ledger.duplicates() == 0 and not list(ledger.failures()) and ledger.validate().ok
+    assert "500 episodes = 500 recorded, each once: every episode is accounted for" in said
