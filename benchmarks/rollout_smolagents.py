@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,18 @@ from benchmarks.rollout_world import Stage
 from benchmarks.scoreboard import Row
 from envs.base import Task
 from envs.grading import grade
+from envs.local_envs import LocalEnvs
 from envs.retrieval.search_tool import web_search_tool
 from envs.tools import Tool
+from launch.evaluate import student_spec
+from rollout.collector import Collection, missing_requests, start_rollout_actors, stop_rollout_actors
 from rollout.dialects import CODE
+from rollout.ledger import Ledger
 from rollout.vllm_policy import vllm_environment
 
 THREADS = (4, 16)
+ENGINES = 2
+"""Of ours, one a core; the peer's server and its clients have both cores too."""
 GOAL = 5.0
 _START_S = 300.0
 _CALL_S = 120.0
@@ -176,26 +183,70 @@ class Peer:
         return grade(task, str(answer)) if answer is not None else 0.0
 
 
+class Ours:
+    """As a user collects: Ray workers, each with an engine and envs in its own process, one ledger."""
+
+    def __init__(self, stage: Stage, student: Path, *, slots: int) -> None:
+        evaluate = replace(stage.config.evaluate, concurrency=slots // ENGINES)
+        spec = student_spec(replace(stage.config, evaluate=evaluate), str(student))
+        self._spec = replace(spec, engine="in_process", data_parallel_size=ENGINES)
+        self._slots = slots // ENGINES
+        self._envs = LocalEnvs(stage.config.env, stage.search, count=self._slots, timeout_s=_CALL_S)
+        self._settings = stage.settings(temperature=0.0)
+        self._actors = start_rollout_actors(self._spec, count=1)
+
+    def solve(self, tasks: Sequence[Task]) -> tuple[float, float]:
+        """Trajectories/s between the first episode's start and the last one's end, and the share solved."""
+        import ray
+
+        ray.get([actor.forget_prefixes.remote() for actor in self._actors], timeout=_START_S)
+        with tempfile.TemporaryDirectory(prefix="rollout-benchmark-") as folder:
+            ledger = Ledger(Path(folder) / "ledger")
+            requests, _ = missing_requests(
+                tasks, policy=self._spec.policy_name, settings=self._settings, ledger=ledger
+            )
+            collection = Collection(
+                self._actors, self._envs, requests, settings=self._settings, ledger=Path(folder) / "ledger",
+                concurrency=self._slots, adaptive=False,
+            )  # fmt: skip
+            try:
+                while not collection.poll(timeout_s=1.0):
+                    pass
+            finally:
+                collection.close()
+            done = list(ledger.trajectories())
+        if len(done) != len(tasks):
+            raise RuntimeError(f"{len(tasks)} tasks left {len(done)} trajectories")
+        wall_s = max(t.started_at_s + t.duration_s for t in done) - min(t.started_at_s for t in done)
+        return len(tasks) / wall_s, sum(t.success for t in done) / len(tasks)
+
+    def close(self) -> None:
+        stop_rollout_actors(self._actors)
+
+
 def rows(stage: Stage, student: Path, *, tasks: int, slots: int, repeats: int) -> Iterator[Row]:
     """Ours, the peer with few threads, the peer with many, in turn, `repeats` times; medians."""
-    chosen, settings = stage.tasks[:tasks], stage.settings(temperature=0.0)
+    chosen = stage.tasks[:tasks]
     group = "trajectories/s, greedy"
     runs: list[tuple[float, float, list[tuple[float, float, int]]]] = []
-    with server(student, stage) as url:
-        peer = Peer(url, stage)
-        stage.collect(chosen[:slots], settings, slots)  # both sides warm up
-        peer.solve(chosen[: THREADS[-1]], THREADS[-1])
-        for repeat in range(repeats):
-            ours = stage.collect(chosen, settings, slots)
-            theirs = [peer.solve(chosen, threads) for threads in THREADS]
-            runs.append((len(chosen) / ours.wall_s, ours.success, theirs))
-            shown = ", ".join(f"{rate:.2f}" for rate, _, _ in theirs)
-            print(
-                f"{group} {repeat + 1}/{repeats}: {runs[-1][0]:.2f}; smolagents {shown} (4 and 16 threads)", flush=True
-            )
+    mine = Ours(stage, student, slots=slots)
+    try:
+        with server(student, stage) as url:
+            peer = Peer(url, stage)
+            mine.solve(chosen[:slots])  # both sides warm up
+            peer.solve(chosen[: THREADS[-1]], THREADS[-1])
+            for repeat in range(repeats):
+                ours = mine.solve(chosen)
+                theirs = [peer.solve(chosen, threads) for threads in THREADS]
+                runs.append((*ours, theirs))
+                shown = ", ".join(f"{rate:.2f}" for rate, _, _ in theirs)
+                print(f"{group} {repeat + 1}/{repeats}: {ours[0]:.2f}; smolagents {shown}", flush=True)
+    finally:
+        mine.close()
     rate = statistics.median(run[0] for run in runs)
     success = 100 * statistics.median(run[1] for run in runs)
-    yield Row(what=f"ours, {slots} at a time", measured=rate, unit="/s", beside=f"success {success:.1f} %", group=group)
+    what = f"ours, {ENGINES} engines, {slots} at a time"
+    yield Row(what=what, measured=rate, unit="/s", beside=f"success {success:.1f} %", group=group)
     for i, threads in enumerate(THREADS):
         peer_rate, peer_success, errors = (statistics.median(run[2][i][j] for run in runs) for j in range(3))
         ratio = statistics.median(run[0] / run[2][i][0] for run in runs)

@@ -36,7 +36,7 @@ from rollout.ledger import LedgerWriter
 from rollout.policy import Policy
 from rollout.task_feed import EpisodeRequest, EpisodeSummary, TaskFeed, WorkerState
 from rollout.trajectory import Trajectory
-from rollout.vllm_engine import InProcessEngine, VllmEngine
+from rollout.vllm_engine import VllmEngine
 from rollout.vllm_policy import EngineKind, VllmPolicy
 from rollout.worker import RolloutWorker
 
@@ -83,6 +83,9 @@ class RecordingEngine:
 
     async def load(self, path: str, version: str) -> None:
         await self.engine.load(path, version)
+
+    async def forget_prefixes(self) -> None:
+        await self.engine.forget_prefixes()
 
     def running(self) -> int:
         return self.engine.running()
@@ -205,11 +208,7 @@ class Stage:
 
     def forget_prefixes(self) -> None:
         """So that no run finds the prefixes of an earlier one."""
-        inner = self.engine.engine
-        if isinstance(inner, InProcessEngine):
-            inner._submit(lambda: inner._engine.reset_prefix_cache()).result(60)
-        else:
-            inner._there(inner._engine.reset_prefix_cache()).result(60)
+        self.run(self.policy.forget_prefixes())
 
     def envs(self, count: int) -> Sequence[Any]:
         if count > len(self._envs):

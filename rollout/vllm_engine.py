@@ -50,6 +50,10 @@ class VllmEngine(Protocol):
         """New weights in place; cached prefixes are dropped, running requests computed again."""
         ...
 
+    async def forget_prefixes(self) -> None:
+        """Drop the cached prefixes, as a measurement wants it; nothing may be running."""
+        ...
+
     def running(self) -> int: ...
 
     def pressure(self) -> Pressure:
@@ -219,6 +223,9 @@ class InProcessEngine:
 
         await asyncio.wrap_future(self._submit(update))
 
+    async def forget_prefixes(self) -> None:
+        await asyncio.wrap_future(self._submit(lambda: self._engine.reset_prefix_cache()))
+
     def running(self) -> int:
         return len(self._results)
 
@@ -338,6 +345,9 @@ class AsyncEngine:
 
     async def load(self, path: str, version: str) -> None:
         await asyncio.wrap_future(self._there(self._load(path, version)))
+
+    async def forget_prefixes(self) -> None:
+        await asyncio.wrap_future(self._there(self._engine.reset_prefix_cache()))
 
     def running(self) -> int:
         return self._running

@@ -207,6 +207,10 @@ class VllmPolicy:
             raise PolicyError(f"{self.name}: loading the weights of {path} failed: {error!r}") from error
         self.weights_version = version
 
+    async def forget_prefixes(self) -> None:
+        """Drop the cached prefixes, so that what is measured next finds none of an earlier run."""
+        await self._engine.forget_prefixes()
+
     def pressure(self) -> Pressure:
         """How full the engine's KV cache is: what `rollout.concurrency` goes by."""
         return self._engine.pressure()
