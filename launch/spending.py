@@ -5,6 +5,7 @@ Workers ask it before every paid call; the driver shows where it stands. It ends
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ def is_endpoint(spec: PolicySpec) -> bool:
 
 
 class JobMeter:
-    """A job's meter. `handle` is what workers get."""
+    """A job's meter. `name` is what workers find it by."""
 
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
+    def __init__(self, handle: Any, name: str) -> None:
+        self.handle, self.name = handle, name
         self._last: SpendSnapshot | None = None
 
     @classmethod
@@ -38,8 +39,11 @@ class JobMeter:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(SpendMeter).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)  # type: ignore
-        meter = cls(actor.remote(config.spend, str(log)))
+        name = f"spend-{uuid.uuid4().hex[:12]}"
+        actor = ray.remote(SpendMeter).options(  # type: ignore[attr-defined]
+            name=name, num_cpus=0, max_restarts=-1, scheduling_strategy=here
+        )
+        meter = cls(actor.remote(config.spend, str(log)), name)
         try:
             meter._last = ray.get(meter.handle.snapshot.remote(), timeout=START_S)
         except (RayError, TimeoutError) as error:

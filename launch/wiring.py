@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_re
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig, JobConfig, TeacherShare
 from launch.joint_collection import JointCollection
-from launch.spending import JobMeter
+from launch.spending import JobMeter, is_endpoint
 from launch.teachers import assign
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
 from rollout.episode import EpisodeSettings
@@ -79,8 +79,10 @@ def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: Job
     Raises `PlacementError`.
     """
     gpus = config.cluster.gpus_per_worker if spec.kind == "vllm" else 0.0
-    handle = meter.handle if meter is not None and spec.kind in ("openai", "vllm_server") else None
-    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=handle)
+    if is_endpoint(spec):  # its limits are those of all workers together
+        spec = replace(spec, rate_limits=spec.rate_limits.shared_by(count * spec.data_parallel_size))
+    name = meter.name if meter is not None and is_endpoint(spec) else ""
+    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=name)
 
 
 def start_evaluation(

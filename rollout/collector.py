@@ -118,15 +118,20 @@ class RolloutActor:
     Blocked by a full queue; unblocked by its reader, or killed with the job.
     """
 
-    def __init__(self, spec: PolicySpec, meter: Any = None) -> None:
+    def __init__(self, spec: PolicySpec, meter: str = "") -> None:
         self._spec = spec
-        self._meter = RemoteMeter(meter) if meter is not None else None
+        self._meter = meter  # by name: an actor with a handle among its arguments cannot be started again
         self._policy: Any = None
 
     async def start(self) -> str:
         """Load the policy; returns its name."""
         if self._policy is None:
-            self._policy = await asyncio.to_thread(self._spec.build, self._meter)
+            meter = None
+            if self._meter:
+                import ray
+
+                meter = RemoteMeter(ray.get_actor(self._meter))
+            self._policy = await asyncio.to_thread(self._spec.build, meter)
         return self._policy.name
 
     async def run(
@@ -183,12 +188,12 @@ def start_rollout_actors(
     num_cpus: float = 0.0,
     gpus_per_rank: float = 0.0,
     env_vars: Mapping[str, str] | None = None,
-    meter: Any = None,
+    meter: str = "",
 ) -> list[Any]:
     """`count` x `spec.data_parallel_size` Ray actors, each with the policy of its own; loading begins with `start()` or
     the first collection.
 
-    `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks. `meter`: handle of a
+    `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks. `meter`: name of a
     `rollout.spend.SpendMeter` actor. Raises `PlacementError` when the cluster has no place for an engine.
     """
     import ray

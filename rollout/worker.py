@@ -178,7 +178,7 @@ class RolloutWorker:
                 running=self._gate.inside,
                 limit=self._gate.limit,
                 kv_usage=pressure.kv_usage if pressure is not None else None,
-                note=self._note,
+                note=self._note or "; ".join(getattr(self._policy, "notes", ())),
             )
             await self._feed.report(self._name, state)
             await asyncio.sleep(OBSERVE_S)
