@@ -370,7 +370,7 @@ def test_engine_and_driver_are_killed_and_the_same_command_does_what_is_missing(
     print(said)
     assert again.returncode == 0 and faults.done[dies] == 1
     assert_nothing_left(tmp_path)
-    assert f"500 episodes, {len(before)} of them recorded by an earlier job" in said
+    assert f"500 episodes, {len(before)} recorded by an earlier job" in said
     ledger = Ledger(job.out / "ledger")
     assert ledger.keys() == job.expected and before < job.expected
     assert ledger.duplicates() == 0 and not list(ledger.failures()) and ledger.validate().ok
