@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from envs.bounds import check_bounds
 from envs.pool import EnvSpec
+from envs.sandbox.session import MAX_CANDIDATES
 from envs.tasks import Columns
 from learner.config import LearnerConfig
 from rollout.curation import Curation
@@ -228,6 +229,10 @@ class JobConfig:
         if self.env.name not in ("code", "answer") and any(t.teacher.kind == "expert" for t in self.all_teachers):
             raise ValueError(
                 f"the built-in expert knows the envs 'code' and 'answer', not {self.env.name!r}: choose another teacher"
+            )
+        if self.env.name == "code" and self.episode.candidates > MAX_CANDIDATES:
+            raise ValueError(
+                f"episode.candidates={self.episode.candidates}: the sandbox previews at most {MAX_CANDIDATES} at once"
             )
         names = Counter(share.teacher.policy_name for share in self.all_teachers)
         if twice := [name for name, count in names.items() if count > 1]:
