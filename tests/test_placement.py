@@ -38,7 +38,7 @@ def test_an_engine_lives_in_its_reservation_and_gives_it_back(ray_cluster):
 
     before = ray_cluster.available_resources()["CPU"]
     options = place_engine(EngineDemand(bundles=({"CPU": 1.0}, {"CPU": 1.0})))
-    engine = Engine.options(**options).remote()
+    engine = Engine.options(**options).remote()  # type: ignore[attr-defined]
     try:
         assert ray_cluster.get(engine.place.remote(), timeout=60) == 2
         with pytest.raises(PlacementError, match="were not free within 1 s"):
