@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.answer_env import AnswerEnv
-from envs.base import Env, EnvError, Observation, StepResult, Task
+from envs.base import Env, EnvError, Observation, StepResult, Task, TaskError
 from envs.bounds import check_bounds
 from envs.grading import grade
 from envs.grading_math import MathSpec, configure_math
@@ -270,4 +270,6 @@ class RemoteEnv:
             cause = error.cause
             if isinstance(cause, EnvError):
                 raise EnvError(str(cause)) from None
+            if isinstance(cause, TaskError):  # no attempt would end better
+                raise TaskError(str(cause)) from None
             raise EnvError(f"env host failed in {what}: {type(cause).__name__}: {cause}") from None

@@ -219,7 +219,10 @@ class SpendMeter:
             self._remember(reservation)
 
     def try_reserve(self, reservation: str, most: Charge, lease_s: float = _LEASE_S) -> bool:
-        """False: there will be room when calls in flight have settled. Raises as `Meter.reserve` does."""
+        """False: there will be room when calls in flight have settled, or on the log's disk again.
+
+        Raises as `Meter.reserve` does.
+        """
         cap = self._cap
         if cap.usd is not None and most.usd is None:
             raise PolicyError(
@@ -239,6 +242,8 @@ class SpendMeter:
                 f"the spend cap of {cap.tokens:,} tokens is used up: {tokens:,} spent, "
                 f"and the next call may take up to {most.tokens:,}"
             )
+        if not self._log.flush():
+            return False  # its disk is full: nothing is spent that cannot be written down
         if not self._fits(most, usd, tokens):
             self._expire()
             if not self._fits(most, usd, tokens):

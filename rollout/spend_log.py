@@ -59,6 +59,10 @@ class SpendLog(Protocol):
 
     def append(self, reservation: str, charge: Charge) -> None: ...
 
+    def flush(self) -> bool:
+        """Write what could not be written when it was appended; False: it cannot be written now either."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -80,6 +84,9 @@ class MemoryLog:
     def append(self, reservation: str, charge: Charge) -> None:
         pass
 
+    def flush(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 
@@ -97,6 +104,8 @@ class FileLog:
             self._lock.close()
             raise ValueError(f"the spend log {path} is in use by another process: one meter serves a whole cluster")
         self._file: IO[bytes] | None = None
+        self._pending = b""
+        """What a full disk did not take."""
 
     def load(self) -> list[tuple[str, Charge]]:
         found = _parsed(self._path.read_bytes() if self._path.exists() else b"", self._path)
@@ -114,10 +123,21 @@ class FileLog:
     def append(self, reservation: str, charge: Charge) -> None:
         if self._file is None:
             raise ValueError(f"the spend log {self._path} is closed")
-        self._file.write(_line(reservation, charge))
+        self._pending += _line(reservation, charge)
+        self.flush()
+
+    def flush(self) -> bool:
+        assert self._file is not None
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         if self._file is not None:
+            self.flush()
             self._file.close()
             self._file = None
         self._lock.close()
@@ -160,6 +180,10 @@ class ObjectLog:
                 raise ValueError(f"the spend log {self._uri} is closed")
             _add(self._sums, [charge])
             self._changed = True
+
+    def flush(self) -> bool:
+        """Its thread writes, and tries again by itself."""
+        return True
 
     def close(self) -> None:
         if not self._closed.is_set():

@@ -118,7 +118,7 @@ def start_engine(
 
     `own_cores`: cores that an engine in a process of its own gets for itself, where they can be spared.
     """
-    _look_past_numba()
+    _look_past_odd_objects()
     _spare_token_texts()
     arguments = {
         **arguments,
@@ -129,11 +129,11 @@ def start_engine(
     return AsyncEngine(arguments, version, own_cores) if own_process else InProcessEngine(arguments, version)
 
 
-def _look_past_numba() -> None:
-    """vLLM 0.32 looks for kernels in every loaded module and trips over llvmlite's library object, whose `__dict__` is
-    none.
+def _look_past_odd_objects() -> None:
+    """vLLM 0.32 looks for kernels in every loaded module and trips over objects that do not like to be looked at:
+    llvmlite's library (numba, and so BM25), whose `__dict__` is none, and Flask's proxies, which raise.
 
-    It matters where numba (BM25) was imported before the engine starts in the same process.
+    It matters where such a module was imported before the engine starts in the same process.
     """
     from vllm.triton_utils import dispatcher
 
@@ -141,7 +141,14 @@ def _look_past_numba() -> None:
         found = vars(value)
         return found if isinstance(found, Mapping) else {}
 
-    setattr(dispatcher, "vars", safe_vars)  # noqa: B010  (shadows the built-in in that module alone)
+    def safe_hasattr(value: Any, name: str) -> bool:
+        try:
+            return hasattr(value, name)
+        except Exception:
+            return False
+
+    for name, safe in (("vars", safe_vars), ("hasattr", safe_hasattr)):
+        setattr(dispatcher, name, safe)  # shadows the built-in in that module alone
 
 
 def _spare_token_texts() -> None:

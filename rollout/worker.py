@@ -110,6 +110,7 @@ class RolloutWorker:
             await everything
             await self._finished.put(None)
             recorded = await recorder
+            await self._feed.report(self._name, self._state(self._pressure() if self._pressure is not None else None))
             if self._error is not None:
                 raise self._error
             return recorded
@@ -174,14 +175,16 @@ class RolloutWorker:
             pressure = self._pressure() if self._pressure is not None else None
             if pressure is not None:
                 await self._gate.set(self._concurrency.observe(pressure, running=self._gate.inside))
-            state = WorkerState(
-                running=self._gate.inside,
-                limit=self._gate.limit,
-                kv_usage=pressure.kv_usage if pressure is not None else None,
-                note=self._note or "; ".join(getattr(self._policy, "notes", ())),
-            )
-            await self._feed.report(self._name, state)
+            await self._feed.report(self._name, self._state(pressure))
             await asyncio.sleep(OBSERVE_S)
+
+    def _state(self, pressure: Pressure | None) -> WorkerState:
+        return WorkerState(
+            running=self._gate.inside,
+            limit=self._gate.limit,
+            kv_usage=pressure.kv_usage if pressure is not None else None,
+            note=self._note or "; ".join(getattr(self._policy, "notes", ())),
+        )
 
     async def _record(self) -> int:
         recorded, ended = 0, False

@@ -323,3 +323,19 @@ def test_a_meter_that_is_gone_stops_the_spending(ray_cluster: Any) -> None:
         assert caught.value.failure_class is FailureClass.ENGINE
 
     asyncio.run(scenario())
+
+
+def test_a_full_disk_holds_spending_back_and_loses_no_charge(tmp_path):
+    meter = SpendMeter(SpendCap(usd=1.0), tmp_path / "spend.jsonl")
+    assert meter.try_reserve("a", Charge(model="m", prompt_tokens=10, completion_tokens=10, usd=0.1))
+    log: Any = meter._log
+    disk = log._file
+    with open("/dev/full", "ab", buffering=0) as log._file:
+        meter.settle("a", Charge(model="m", prompt_tokens=10, completion_tokens=5, usd=0.05))
+        assert not meter.try_reserve("b", Charge(model="m", prompt_tokens=1, completion_tokens=1, usd=0.01))
+    log._file = disk
+    assert meter.try_reserve("b", Charge(model="m", prompt_tokens=1, completion_tokens=1, usd=0.01))
+    meter.close()
+    again = SpendMeter(SpendCap(usd=1.0), tmp_path / "spend.jsonl")
+    assert again.snapshot().spent_usd == pytest.approx(0.05)
+    again.close()
