@@ -27,6 +27,8 @@ WITH_ENVS = (16, 64)
 DELAY_S = 0.2
 STEPS = 5
 EPISODES_PER_SLOT = 3
+EPISODES = 600
+"""At least: few steps at a fifth of a millisecond each would measure the noise of the clock."""
 GROUP = f"orchestration, engine answers after {DELAY_S:g} s"
 _TURN = f"""Thought: I compute the next part of it and print what comes out.
 Code:
@@ -117,9 +119,9 @@ def tasks(count: int) -> list[Task]:
     ]
 
 
-def cost_ms(policy: VllmPolicy, envs: Sequence[Any]) -> tuple[float, float]:
+def cost_ms(policy: VllmPolicy, envs: Sequence[Any], episodes: int = 0) -> tuple[float, float]:
     """Processor ms of this process for a step, and steps/s. Raises `RuntimeError` when an episode went wrong."""
-    chosen = tasks(EPISODES_PER_SLOT * len(envs))
+    chosen = tasks(max(episodes, EPISODES_PER_SLOT * len(envs)))
     settings = EpisodeSettings(max_steps=STEPS)
     before = time.process_time()
     wall_s, trajectories = asyncio.run(collect(chosen, policy=policy, envs=envs, settings=settings))
@@ -138,7 +140,7 @@ def rows(*, repeats: int) -> Iterator[Row]:
     measured: dict[int, list[tuple[float, float]]] = {count: [] for count in AT_ONCE}
     for repeat in range(repeats):
         for count in AT_ONCE:
-            measured[count].append(cost_ms(policy, [PromptEnv() for _ in range(count)]))
+            measured[count].append(cost_ms(policy, [PromptEnv() for _ in range(count)], EPISODES))
         shown = ", ".join(f"{count}: {values[-1][0]:.2f}" for count, values in measured.items())
         print(f"{GROUP} {repeat + 1}/{repeats}: CPU ms a step at {shown}", flush=True)
     cost = {count: statistics.median(ms for ms, _ in values) for count, values in measured.items()}
