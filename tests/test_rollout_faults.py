@@ -75,6 +75,7 @@ class Teacher:
         raise AssertionError
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
     seed = int(os.environ.get("FAULT_SEED", "0"))
