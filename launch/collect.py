@@ -16,10 +16,10 @@ from pathlib import Path
 if not __package__:  # run as a file: imports come from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from launch.job_command import checked_config, job_parser
 
 if TYPE_CHECKING:
     from launch.config import CollectConfig
@@ -34,38 +34,15 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="launch/collect.py",
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as out=runs/a or rollout.samples=4")
-    parser.add_argument("--cfg", action="store_true", help="print the configuration as YAML and stop")
+    parser = job_parser("launch/collect.py", __doc__, example="out=runs/a or rollout.samples=4", epilog=EXIT_CODES)
     options = parser.parse_args(arguments)
 
     from launch.config import CollectConfig
-    from launch.config_reading import compose, parse_config
-    from learner.config import ConfigError
+    from launch.preflight import check_collection
 
-    try:
-        plain = compose(options.overrides, name="collect")
-        config = parse_config(plain, CollectConfig)
-        if options.cfg:
-            from omegaconf import OmegaConf
-
-            print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
-            return 0
-        from launch.preflight import check_collection
-
-        check_collection(config)
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # A job that is stopped politely ends as one that is interrupted: everything it started ends first.
-    # Both are set: a shell's background job starts with SIGINT ignored.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
+    config = checked_config(options, "collect", CollectConfig, check_collection)
+    if isinstance(config, int):
+        return config
 
     from launch.collect_folder import CollectFolder
     from launch.collect_job import CollectJobError, run_collection

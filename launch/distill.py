@@ -16,41 +16,21 @@ from pathlib import Path
 if not __package__:  # run as a file: imports come from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
-import signal
 from collections.abc import Sequence
+
+from launch.job_command import checked_config, job_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 refused before anything started, 1 failed on the way, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="launch/distill.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as recipe=paper or seed=1")
-    parser.add_argument("--cfg", action="store_true", help="print the configuration as YAML and stop")
-    options = parser.parse_args(arguments)
+    options = job_parser("launch/distill.py", __doc__, example="recipe=paper or seed=1").parse_args(arguments)
 
-    from launch.config_reading import compose, parse_config
-    from learner.config import ConfigError
+    from launch.config import DistillConfig
+    from launch.preflight import check
 
-    try:
-        plain = compose(options.overrides)
-        config = parse_config(plain)
-        if options.cfg:
-            from omegaconf import OmegaConf
-
-            print(OmegaConf.to_yaml(OmegaConf.create(plain)), end="")
-            return 0
-        from launch.preflight import check
-
-        check(config)
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # A job that is stopped politely ends as one that is interrupted: everything it started ends first.
-    # Both are set: a shell's background job starts with SIGINT ignored.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
+    config = checked_config(options, "distill", DistillConfig, check)
+    if isinstance(config, int):
+        return config
 
     from launch.job import JobError, run_job
     from launch.run_folder import RunFolder, RunFolderError
