@@ -32,7 +32,7 @@ def processor_seconds() -> dict[str, float]:
         known = _THREADS.get(name, "ledger and other Python threads" if name else "Ray's own threads here")
         known = "threads of envs" if name.startswith("env_") else known
         add(known, sum(_ticks(f"/proc/self/task/{entry}/stat")[:2]) * _TICK_S)
-    children = _children()
+    children = children_of_all()
     waiting = [(child, "") for child in children.get(os.getpid(), [])]
     for process, above in waiting:
         part = above if above not in ("", "Ray's daemons") else _part(process) or above
@@ -66,7 +66,8 @@ def _ticks(path: str) -> list[int]:
     return [int(field) for field in fields[11:15]]
 
 
-def _children() -> dict[int, list[int]]:
+def children_of_all() -> dict[int, list[int]]:
+    """Process -> its children, over the whole machine."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():

@@ -261,16 +261,8 @@ def stage(
             can_preview = all(ray.get([host.can_preview.remote() for host in hosts], timeout=_START_TIMEOUT_S))
             envs = [RemoteEnv(hosts[i % count], i, can_preview=can_preview, timeout_s=_ENV_S) for i in range(slots)]
         spec = student_spec(config, str(student))
-        policy = VllmPolicy(
-            spec.model,
-            name=spec.name,
-            dtype=spec.dtype,
-            max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_num_seqs,
-            kv_cache_bytes=spec.kv_cache_bytes,
-            enforce_eager=spec.enforce_eager,
-            engine=engine or spec.engine,
-        )
+        policy = replace(spec, engine=engine or spec.engine).build()
+        assert isinstance(policy, VllmPolicy)
         ready = Stage(config, world, search, envs, policy)
         try:
             yield ready

@@ -27,6 +27,7 @@ if not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import scoreboard
+from benchmarks.rollout_processes import children_of_all
 from benchmarks.scoreboard import Row
 from envs.base import Task
 from envs.code_env import CodeEnv
@@ -171,14 +172,7 @@ def proportional_mb(pids: Sequence[int]) -> float:
 
 def below(pid: int) -> list[int]:
     """A process and all its descendants."""
-    parents: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # ended meanwhile
-                continue
-            parents.setdefault(parent, []).append(int(entry))
+    parents = children_of_all()
     found = [pid]
     for process in found:
         found += parents.get(process, [])

@@ -142,14 +142,7 @@ class PolicySpec:
             return OpenAIPolicy(
                 self.model,
                 base_url=self.base_url or None,
-                name=self.policy_name,
-                api_key_env=self.api_key_env,
-                timeout_s=self.timeout_s,
-                concurrency=self.concurrency,
-                retries=self.retries,
-                rate_limits=self.rate_limits,
-                prices=self.prices,
-                cache_path=self.cache_path,
+                **self._endpoint(),
                 prefill=self.prefill,
                 stream=self.stream,
                 extra_body=self.extra_body,
@@ -162,14 +155,7 @@ class PolicySpec:
                 self.model,
                 base_url=self.base_url,
                 tokenizer=self.tokenizer,
-                name=self.policy_name,
-                api_key_env=self.api_key_env,
-                timeout_s=self.timeout_s,
-                concurrency=self.concurrency,
-                retries=self.retries,
-                rate_limits=self.rate_limits,
-                prices=self.prices,
-                cache_path=self.cache_path,
+                **self._endpoint(),
                 meter=meter,
             )
         from rollout.vllm_policy import VllmPolicy
@@ -189,6 +175,19 @@ class PolicySpec:
             enforce_eager=self.enforce_eager,
             engine=self.engine,
         )
+
+    def _endpoint(self) -> dict[str, Any]:
+        """What all clients of endpoints are built with."""
+        return {
+            "name": self.policy_name,
+            "api_key_env": self.api_key_env,
+            "timeout_s": self.timeout_s,
+            "concurrency": self.concurrency,
+            "retries": self.retries,
+            "rate_limits": self.rate_limits,
+            "prices": self.prices,
+            "cache_path": self.cache_path,
+        }
 
 
 def _default(spec: Field[Any]) -> Any:

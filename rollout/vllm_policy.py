@@ -30,6 +30,7 @@ from typing import Any, Literal, get_args
 from rollout.concurrency import Pressure
 from rollout.policy import PolicyError, Sampling
 from rollout.rendering import Renderer, RenderingError
+from rollout.sampled_turn import sampled_turn
 from rollout.trajectory import Completion, FailureClass, Message
 from rollout.vllm_engine import VllmEngine, failure_class, start_engine
 
@@ -255,14 +256,13 @@ class VllmPolicy:
         version: str,
     ) -> Completion:
         sampled = tuple(output.token_ids)
-        ids: tuple[int, ...] | None = prefix_ids + sampled
-        text = self._renderer.tokenizer.decode(list(prefix_ids + sampled), skip_special_tokens=True)
-        if not text.startswith(prefix):  # this tokenizer does not give the prefix back as it was
-            text = prefix + self._renderer.tokenizer.decode(list(sampled), skip_special_tokens=True)
-            ids = None
-        if isinstance(output.stop_reason, str) and text != prefix + output.text:
-            text = prefix + output.text  # cut where the stop string ends, which is inside the last token
-            ids = None
+        text, ids = sampled_turn(
+            self._renderer.tokenizer,
+            prefix=prefix,
+            prefix_ids=prefix_ids,
+            sampled=sampled,
+            engine_text=output.text if isinstance(output.stop_reason, str) else None,
+        )
         logprobs = None
         if sampling.logprobs:
             flat = output.logprobs
