@@ -15,13 +15,25 @@ Example::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rollout.rendering import Renderer, RenderingError, Row
 from rollout.trajectory import Message, SpanType, Step, Trajectory
+
+if TYPE_CHECKING:
+    from learner.token_scores import TokenScores
+
+Scorer = Callable[[str, tuple[int, ...]], "TokenScores | None"]
+"""(trajectory key, the row's token ids) -> what is known of its tokens, arrays over the whole row; None: nothing."""
+
+DifficultyOf = Callable[[Trajectory, int], "float | None"]
+"""(trajectory, tokens of its row) -> how hard it is, larger is harder; None: unknown. See `learner.difficulty`."""
 
 TRAINED_SPANS = (SpanType.THOUGHT, SpanType.CODE, SpanType.ANSWER, SpanType.FORMAT)
 """What a token that the student must produce can be."""
@@ -38,6 +50,7 @@ class Refusal(StrEnum):
     MASK = "mask_not_proven"
     TOO_LONG = "too_long"
     NO_WEIGHT = "no_weight"
+    SCORES = "scores_do_not_fit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,17 @@ class Example:
     """[n]"""
     loss_weights: tuple[float, ...]
     """[n] 0 for what the student only reads; the first is always 0."""
+    turns: tuple[int, ...] = ()
+    """[n] 0, 1, ... the assistant turn that each token belongs to, its stop token included; -1 for what is only read.
+    Left out: the unbroken stretches of weight are the turns."""
+    scores: TokenScores | None = field(default=None, compare=False)
+    """What other policies say of its tokens; None: nothing is known."""
+    difficulty: float | None = None
+    """Larger is harder; None: unknown, or not asked for."""
+
+    def __post_init__(self) -> None:
+        if not self.turns:
+            object.__setattr__(self, "turns", turns_of([weight > 0 for weight in self.loss_weights]))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -73,8 +97,9 @@ class ExampleMaker:
 
     `system_prompt`: the student's own; "" for none; None keeps the trajectory's. `span_weights`: span type -> weight of
     its trained tokens, 1 where absent. Sampled token ids are kept when this tokenizer decodes them to the turn's text,
-    else (another model's ids, or none) the text is tokenised. Raises `RenderingError` for a tokenizer without a
-    provable chat template.
+    else (another model's ids, or none) the text is tokenised; where they are kept, their log-probabilities are too (the
+    "behaviour" of the row's scores). `scorer` adds what a teacher or a reward says; `difficulty` rates each row. Raises
+    `RenderingError` for a tokenizer without a provable chat template.
     """
 
     def __init__(
@@ -84,10 +109,14 @@ class ExampleMaker:
         max_row_tokens: int,
         system_prompt: str | None = None,
         span_weights: Mapping[str, float] | None = None,
+        scorer: Scorer | None = None,
+        difficulty: DifficultyOf | None = None,
     ) -> None:
         self.renderer = Renderer(tokenizer)
         self.max_row_tokens = max_row_tokens
         self.system_prompt = system_prompt
+        self._scorer = scorer
+        self._difficulty = difficulty
         self._weights = {span: float((span_weights or {}).get(span.value, 1.0)) for span in TRAINED_SPANS}
 
     def make(self, trajectory: Trajectory) -> Example | RefusedRow:
@@ -121,7 +150,21 @@ class ExampleMaker:
         )
         if not any(weights):
             return RefusedRow(key, Refusal.NO_WEIGHT, "every trained span has weight 0")
-        return Example(key, trajectory.task.id, trajectory.task.kind, row.token_ids, row.span_types, weights)
+        try:
+            scores = self._scores(trajectory, messages, row)
+        except ValueError as error:
+            return RefusedRow(key, Refusal.SCORES, str(error))
+        return Example(
+            key,
+            trajectory.task.id,
+            trajectory.task.kind,
+            row.token_ids,
+            row.span_types,
+            weights,
+            turns=turns_of(row.trained),
+            scores=scores,
+            difficulty=None if self._difficulty is None else self._difficulty(trajectory, len(row)),
+        )
 
     def messages(self, trajectory: Trajectory) -> list[Message]:
         """The conversation as the student shall learn it: its own system prompt, ids only where they are the
@@ -151,6 +194,23 @@ class ExampleMaker:
             and _decode(self.renderer, ids) == content + self.renderer.stop_token
         )
 
+    def _scores(self, trajectory: Trajectory, messages: list[Message], row: Row) -> TokenScores | None:
+        """The scorer's, with the behaviour's log-probabilities from the rollout where it brings none. Raises ValueError
+        for scores of another number of tokens."""
+        scores = None if self._scorer is None else self._scorer(trajectory.key, row.token_ids)
+        if scores is not None:
+            _check_lengths(scores, len(row))
+            if scores.behaviour_logprobs is not None:
+                return scores
+        behaviour = _behaviour_logprobs(trajectory, messages, row)
+        if behaviour is None or find_spec("learner.token_scores") is None:
+            return scores
+        from learner.token_scores import TokenScores
+
+        if scores is None:
+            return TokenScores(behaviour_logprobs=behaviour)
+        return dataclasses.replace(scores, behaviour_logprobs=behaviour)
+
     def _mask_problem(self, messages: list[Message], row: Row) -> str | None:
         """Why the row's mask is not exactly the assistant's turns, or None."""
         runs = list(trained_runs(row.trained))
@@ -166,6 +226,38 @@ class ExampleMaker:
             if wrong:
                 return f"turn {i} has trained tokens of type {sorted(wrong)}"
         return None
+
+
+def turns_of(trained: Sequence[bool]) -> tuple[int, ...]:
+    """[n] the number of the unbroken stretch that each True is in, -1 for False."""
+    turns, turn, before = [], -1, False
+    for on in trained:
+        turn += on and not before
+        turns.append(turn if on else -1)
+        before = on
+    return tuple(turns)
+
+
+def _behaviour_logprobs(trajectory: Trajectory, messages: list[Message], row: Row) -> np.ndarray | None:
+    """[n] float32 log-probabilities of the sampled tokens of the row, NaN elsewhere; None when none is known."""
+    said = [message for message in messages if message.role == "assistant"]
+    logprobs, known = np.full(len(row), np.nan, np.float32), False
+    for step, message, (start, _) in zip(trajectory.steps, said, trained_runs(row.trained), strict=True):
+        ids, of_turn = step.completion.token_ids, step.completion.logprobs
+        if message.token_ids is None or ids is None or not of_turn:
+            continue
+        if len(of_turn) > len(ids):
+            raise ValueError(f"a turn has {len(of_turn)} log-probabilities for {len(ids)} tokens")
+        end = start + len(ids)  # a stop token that was not sampled comes behind them and has none
+        logprobs[end - len(of_turn) : end], known = of_turn, True
+    return logprobs if known else None
+
+
+def _check_lengths(scores: TokenScores, n: int) -> None:
+    for name in ("behaviour_logprobs", "teacher_ids", "teacher_logprobs"):
+        array = getattr(scores, name)
+        if array is not None and len(array) != n:
+            raise ValueError(f"{name} is of {len(array)} tokens, the row has {n}")
 
 
 def trained_runs(trained: tuple[bool, ...]) -> Iterator[tuple[int, int]]:
