@@ -49,6 +49,22 @@ class MicroBatch:
     """[n] int64 their span types, as indices into `TRAINED_SPANS`."""
     tokens: int
     """Tokens that are not padding."""
+    rows: np.ndarray | None = None
+    """[n] int64 the example of each, as its index in what `plan_step` was given. An example is never split."""
+    turns: np.ndarray | None = None
+    """[n] int64 the assistant turn of each, counted from 0 in its example."""
+    behaviour_logprobs: np.ndarray | None = None
+    """[n] float32 log p of each target for the policy that sampled it; NaN where unknown."""
+    teacher_ids: np.ndarray | None = None
+    """[n, k] int64 what the teacher was asked about at each; -1 where there is none."""
+    teacher_logprobs: np.ndarray | None = None
+    """[n, k] float32 its log p of them; NaN where there is none."""
+    advantages: np.ndarray | None = None
+    """[n] float32 that of each one's example; NaN where unknown."""
+    step_weight: float | None = None
+    """The step's `total_weight`, by which the sum of the losses is divided."""
+    step_rows: int | None = None
+    """Examples of the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from learner.objectives import ObjectiveLoss, TensorBatch
+from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
 
 if TYPE_CHECKING:
     import torch
+
+    from learner.token_scores import ScoreKind
 
 
 class SftObjective:
     """-log p(target), summed with the weights."""
 
     name = "sft"
+    needs: frozenset[ScoreKind] = frozenset()
+    falls_back = True
+
+    def parameters(self) -> tuple[()]:
+        return ()
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
         from torch.nn.functional import cross_entropy
 
-        nll = cross_entropy(logits.float(), batch.targets, reduction="none")
-        return ObjectiveLoss(total=(nll * batch.weights).sum(), per_token=nll.detach())
+        logits = logits.float()
+        nll = cross_entropy(logits, batch.targets, reduction="none")
+        return ObjectiveLoss(
+            total=(nll * batch.weights).sum(), per_token=nll.detach(), correct=is_likeliest(logits, batch.targets)
+        )
