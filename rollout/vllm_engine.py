@@ -46,6 +46,11 @@ class VllmEngine(Protocol):
         """[n] vLLM `CompletionOutput`s; `parameters` are those of `SamplingParams`. Cancelling aborts the request."""
         ...
 
+    async def prompt_logprobs(self, request_id: str, token_ids: Sequence[int], top_k: int) -> tuple[Any, Any]:
+        """Ids int32 and log-probabilities float32, each [n - 1, 1 + top_k]: row i is of token i + 1 given those before
+        it, that token itself first, then the `top_k` likeliest (which may be it again)."""
+        ...
+
     async def load(self, path: str, version: str) -> None:
         """New weights in place; cached prefixes are dropped, running requests computed again."""
         ...
@@ -171,6 +176,31 @@ def failure_class(error: Exception) -> FailureClass:
     return FailureClass.INPUT if isinstance(error, VLLMClientError | ValueError) else FailureClass.ENGINE
 
 
+def _scoring_parameters(top_k: int) -> dict[str, Any]:
+    return {
+        "max_tokens": 1,  # vLLM does no less
+        "temperature": 0.0,
+        "prompt_logprobs": top_k,
+        "flat_logprobs": True,
+        "detokenize": False,
+    }
+
+
+def _scored(output: Any, token_ids: Sequence[int], top_k: int) -> tuple[Any, Any]:
+    """The prompt's log-probabilities as arrays."""
+    import numpy as np
+
+    flat = output.prompt_logprobs
+    shape = (len(token_ids) - 1, 1 + top_k)
+    if flat is None or len(flat.token_ids) != shape[0] * shape[1]:
+        got = "none" if flat is None else str(len(flat.token_ids))
+        raise PolicyError(
+            f"vLLM returned {got} log-probabilities of {len(token_ids)} tokens, not {shape[0]} x {shape[1]}"
+        )
+    ids = np.asarray(flat.token_ids, np.int32).reshape(shape)
+    return ids, np.asarray(flat.logprobs, np.float32).reshape(shape)
+
+
 def _sampling_parameters(parameters: Mapping[str, Any]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -202,6 +232,12 @@ class InProcessEngine:
         started.result(_START_TIMEOUT_S)
 
     async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+        return (await self._request(request_id, prompt_ids, parameters)).outputs
+
+    async def prompt_logprobs(self, request_id: str, token_ids: Sequence[int], top_k: int) -> tuple[Any, Any]:
+        return _scored(await self._request(request_id, token_ids, _scoring_parameters(top_k)), token_ids, top_k)
+
+    async def _request(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> Any:
         sampling = _sampling_parameters(parameters)
         result = _uncancellable()
 
@@ -216,7 +252,7 @@ class InProcessEngine:
         added = self._submit(add)
         try:
             await asyncio.wrap_future(added)
-            return (await asyncio.wrap_future(result)).outputs
+            return await asyncio.wrap_future(result)
         except asyncio.CancelledError:
             with contextlib.suppress(PolicyError):
                 self._submit(lambda: self._abort(request_id))
@@ -344,6 +380,12 @@ class AsyncEngine:
             raise
 
     async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+        return (await self._request(request_id, prompt_ids, parameters)).outputs
+
+    async def prompt_logprobs(self, request_id: str, token_ids: Sequence[int], top_k: int) -> tuple[Any, Any]:
+        return _scored(await self._request(request_id, token_ids, _scoring_parameters(top_k)), token_ids, top_k)
+
+    async def _request(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> Any:
         self._running += 1
         try:
             return await asyncio.wrap_future(self._there(self._generate(request_id, prompt_ids, parameters)))
@@ -411,7 +453,7 @@ class AsyncEngine:
 
         return LatestPressure
 
-    async def _generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> list[Any]:
+    async def _generate(self, request_id: str, prompt_ids: Sequence[int], parameters: Mapping[str, Any]) -> Any:
         final, prompt = None, {"prompt_token_ids": list(prompt_ids)}
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -422,7 +464,7 @@ class AsyncEngine:
             raise EngineDiedError("the vLLM engine's process died") from error
         if final is None:
             raise PolicyError(f"vLLM ended request {request_id} without an output")
-        return final.outputs
+        return final
 
     async def _load(self, path: str, version: str) -> None:
         await self._engine.pause_generation(mode="keep")
