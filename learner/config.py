@@ -42,6 +42,31 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """Where a run's numbers go; see `learner.tracking`. None leaves the machine unless wandb or mlflow is set."""
+
+    jsonl: bool = True
+    """`metrics.jsonl` in the learner's folder: one line a step."""
+    console: bool = False
+    """A line on the terminal every `console_every_s`: for a learner without a job that shows it."""
+    console_every_s: float = 10.0
+    tensorboard: bool = False
+    """Event files in `tensorboard/` of the learner's folder; needs the package tensorboard."""
+    wandb_project: str = ""
+    """Weights & Biases; needs the package wandb. Its own variables (WANDB_MODE=offline, WANDB_ENTITY, ...) hold."""
+    mlflow_experiment: str = ""
+    """MLflow; needs the package mlflow. MLFLOW_TRACKING_URI says where; without it, a folder of this machine."""
+    run_name: str = ""
+    """What the run is called there; by default the name of the folder above the learner's."""
+    every_steps: int = 1
+    """Steps between two records."""
+
+    def __post_init__(self) -> None:
+        _check(self.console_every_s > 0, f"tracking.console_every_s is {self.console_every_s}; it must be above 0")
+        _at_least("tracking.every_steps", self.every_steps, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     """One learner run. Raises `ConfigError`."""
 
@@ -59,6 +84,19 @@ class LearnerConfig:
     """The student's own system prompt; "" for none; None keeps the trajectory's."""
     validation_share: float = 0.0
     """Share of tasks (by hash of the task id) that is held out and only measured."""
+    validate_every_steps: int = 0
+    """Measure what is held out after so many steps too; 0: at the end of each pass and of the run alone."""
+    best_by: Literal["none", "validation_loss", "rollout_score"] = "none"
+    """Keep the best student so far in `best/`: by validation loss, or by the score that rollouts on held-out tasks get
+    (see `learner.model_selection`)."""
+    score_every_steps: int = 0
+    """best_by "rollout_score": steps between two students that are handed out to be scored."""
+    score_timeout_s: float = 900.0
+    """Longest wait for the last score at the end of the run."""
+    final_student: Literal["last", "best"] = "last"
+    """Which one `student/` holds at the end."""
+    patience: int = 0
+    """End the run after so many measurements in a row without a better one; 0 never does."""
 
     # -- for how long: exactly one of `epochs` and `max_tokens`
     epochs: int | None = None
@@ -124,11 +162,17 @@ class LearnerConfig:
     """Fractions of the run after which the student is exported, e.g. (0.5,)."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
 
+    # -- telling
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
     # -- waiting
     data_timeout_s: float = 600.0
     """Longest wait for the next trajectory before the run gives up."""
     collective_timeout_s: float = 120.0
     """Longest wait of one rank for another."""
+    restarts: int = 2
+    """How many times ranks that died (killed, out of memory, a lost node) are started again from the last
+    checkpoint."""
 
     def __post_init__(self) -> None:
         _check(bool(self.model_path), "model_path is empty; name the folder of the student to start from")
@@ -150,6 +194,9 @@ class LearnerConfig:
         _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
         for name in ("lr", "muon_lr", "data_timeout_s", "collective_timeout_s"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("validate_every_steps", "score_every_steps", "patience", "restarts"):
+            _at_least(name, getattr(self, name), 0)
+        _check_selection(self)
         for name in ("warmup_steps", "checkpoint_every_steps", "weight_decay", "gradient_clipping"):
             _at_least(name, getattr(self, name), 0)
         for name in ("ranks", "threads", "keep_checkpoints"):
@@ -178,6 +225,30 @@ class LearnerConfig:
         for name, weight in self.span_weights.items():
             _check(name in trained, f"span_weights names {name!r}; it is trained on {', '.join(trained)} alone")
             _check(weight >= 0, f"span_weights[{name!r}] is {weight}; it must not be negative")
+
+
+def _check_selection(config: LearnerConfig) -> None:
+    """What choosing a student needs."""
+    _one_of("best_by", config.best_by, ("none", "validation_loss", "rollout_score"))
+    _one_of("final_student", config.final_student, ("last", "best"))
+    _check(config.score_timeout_s > 0, f"score_timeout_s is {config.score_timeout_s}; it must be above 0")
+    measures = config.best_by != "none"
+    for name, asked in (("final_student", config.final_student == "best"), ("patience", config.patience > 0)):
+        _check(
+            measures or not asked,
+            f"{name} is {getattr(config, name)!r} with best_by 'none'; set best_by to 'validation_loss' or "
+            "'rollout_score'",
+        )
+    for name, asked in (("best_by", measures), ("validate_every_steps", config.validate_every_steps > 0)):
+        _check(
+            config.validation_share > 0 or not asked,
+            f"{name} is {getattr(config, name)!r} but nothing is held out; set validation_share, to 0.05 for instance",
+        )
+    _check(
+        (config.best_by == "rollout_score") == (config.score_every_steps > 0),
+        f"score_every_steps is {config.score_every_steps} with best_by {config.best_by!r}; best_by 'rollout_score' "
+        "needs it, and nothing else does",
+    )
 
 
 def _check(ok: bool, message: str) -> None:
