@@ -35,6 +35,8 @@ from rollout.trajectory import Completion, FailureClass, Message
 from rollout.vllm_engine import VllmEngine, failure_class, start_engine
 
 EngineKind = Literal["auto", "in_process", "own_process"]
+MOST_SCORED = 64
+"""The most log-probabilities a token of an engine for scoring: vLLM makes Python objects of all of them."""
 _UPDATE_TIMEOUT_S = 600.0
 _SHAPE_FIELDS = (
     "model_type",
@@ -86,8 +88,10 @@ class VllmPolicy:
 
     On a CPU `kv_cache_bytes` defaults to what `max_num_seqs` full sequences need, a quarter of the free memory at
     most; `gpu_memory_utilization`, the parallel sizes and `enforce_eager` are for GPUs, which always have an engine in
-    a process of its own. `engine` says where a CPU's is; "auto": in this process. Raises `PolicyError` when the model
-    cannot be loaded or its tokenizer cannot be rendered exactly.
+    a process of its own. `engine` says where a CPU's is; "auto": in this process. `scoring_chunk_tokens` makes it an
+    engine for `score`: vLLM does not count the memory of a prompt's log-probabilities (about 12 bytes x vocabulary a
+    token), so that no more tokens than these are computed at once. Raises `PolicyError` when the model cannot be loaded
+    or its tokenizer cannot be rendered exactly.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class VllmPolicy:
         enforce_eager: bool = False,
         engine: EngineKind = "auto",
         weights_version: str = "",
+        scoring_chunk_tokens: int | None = None,
     ) -> None:
         if engine not in get_args(EngineKind):
             raise ValueError(f"engine {engine!r} is unknown; there are {', '.join(get_args(EngineKind))}")
@@ -137,6 +142,12 @@ class VllmPolicy:
                 }
             else:
                 arguments |= _cpu_arguments(config, dtype, max_model_len, max_num_seqs, kv_cache_bytes)
+            if scoring_chunk_tokens is not None:
+                arguments |= {
+                    "enable_chunked_prefill": True,  # on a CPU too: a scored row has no seed
+                    "max_num_batched_tokens": max(scoring_chunk_tokens, max_num_seqs),
+                    "max_logprobs": MOST_SCORED,
+                }
             own_process = gpu or engine == "own_process"
             self._engine: VllmEngine = start_engine(
                 arguments,
@@ -190,6 +201,28 @@ class VllmPolicy:
             self._completion(output, sampling, prefix, prefix_ids, prompt_ids, version) for output in outputs
         ]
         return completions * sampling.n if sampling.temperature <= 0 else completions
+
+    async def score(self, token_ids: Sequence[int], top_k: int = 0, *, timeout_s: float = 120.0) -> tuple[Any, Any]:
+        """The model's log-probabilities of given tokens: ids int32 and values float32, each [n - 1, 1 + top_k].
+
+        Row i is of token i + 1 given those before it: that token itself first, then the `top_k` likeliest, which may be
+        it again. Raises `PolicyError`: LIMIT for a row that has no room, INPUT for one that vLLM refuses.
+        """
+        if not 2 <= len(token_ids) < self._max_model_len:
+            raise PolicyError(
+                f"a row of {len(token_ids)} tokens cannot be scored: 2 to {self._max_model_len - 1} fit "
+                f"max_model_len={self._max_model_len}",
+                FailureClass.LIMIT,
+            )
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._engine.prompt_logprobs(f"s{next(self._request_numbers)}", token_ids, top_k)
+        except PolicyError:
+            raise
+        except TimeoutError as error:
+            raise PolicyError(f"{self.name}: no scores within timeout_s={timeout_s:g}") from error
+        except Exception as error:
+            raise PolicyError(f"{self.name}: {type(error).__name__}: {error}", failure_class(error)) from error
 
     async def update_weights(self, path: str, version: str) -> None:
         """Load the weights of a Hugging Face folder of the same shape in place.
