@@ -1,4 +1,4 @@
-"""Everything that can be set about a learner: `LearnerConfig` and `LoraConfig`.
+"""Everything that can be set about a learner: `LearnerConfig`, with `LoraConfig` and `EmaConfig` in it.
 
 Plain dataclasses, checked when they are made: a wrong value stops the run before a model loads. The defaults train the
 2 M parameter starter student on one CPU core; a large student on GPUs wants `zero_stage`, `precision="bf16"`,
@@ -18,6 +18,8 @@ from typing import Any, Literal
 Precision = Literal["fp32", "autocast", "bf16"]
 Batching = Literal["auto", "bucketed", "packed"]
 OptimizerName = Literal["muon", "adamw"]
+ScheduleName = Literal["linear", "cosine", "constant", "wsd"]
+Offload = Literal["none", "optimizer", "all"]
 
 
 class ConfigError(ValueError):
@@ -26,15 +28,22 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685) instead of full training; merged into the weights at export."""
+    """Low-rank adapters (arXiv 2106.09685) instead of full training."""
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target: str = "all-linear"
     """"all-linear", or a comma-separated list of module names such as "q_proj,v_proj"."""
+    quantization: Literal["none", "nf4"] = "none"
+    """"nf4": the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); needs a GPU and the package bitsandbytes."""
+    export: Literal["merged", "adapter", "both"] = "merged"
+    """"merged": a student that stands alone; "adapter": a PEFT folder that needs its base; "both": the adapter in a
+    folder `adapter/` inside the student's."""
 
     def __post_init__(self) -> None:
+        _one_of("lora.quantization", self.quantization, ("none", "nf4"))
+        _one_of("lora.export", self.export, ("merged", "adapter", "both"))
         _at_least("lora.rank", self.rank, 1)
         _check(self.alpha > 0, f"lora.alpha is {self.alpha}; it must be above 0")
         _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
@@ -64,6 +73,19 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         _check(self.console_every_s > 0, f"tracking.console_every_s is {self.console_every_s}; it must be above 0")
         _at_least("tracking.every_steps", self.every_steps, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmaConfig:
+    """An exponential moving average of the trained weights (Polyak averaging), kept in fp32 beside them."""
+
+    decay: float = 0.999
+    """Of the average per optimizer step; the first steps use (1 + n) / (10 + n) where that is less."""
+    export: bool = True
+    """Export the average instead of the last weights."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.decay < 1, f"ema.decay is {self.decay}; it must be above 0 and below 1, such as 0.999")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +140,20 @@ class LearnerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     """On matrices alone; embeddings, norms and biases are not decayed."""
+    schedule: ScheduleName = "linear"
+    """How the rate goes from the peak to `final_lr_fraction` of it over the run: "linear", "cosine", "constant" (it
+    does not), "wsd" (it stays, and falls linearly over the last `decay_share`)."""
     warmup_steps: int = 60
+    """Steps of linear warm-up, under every schedule."""
     final_lr_fraction: float = 0.02
-    """The schedule falls linearly from the peak to this fraction of it."""
+    """Of the peak, at the end of the schedule; "constant" does not use it."""
+    decay_share: float = 0.2
+    """Share of the run over which "wsd" falls."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    max_skipped_steps: int = 10
+    """A step whose gradient is not finite is skipped; at the n-th of a run it stops and names the rows."""
+    ema: EmaConfig | None = None
 
     # -- batches
     tokens_per_step: int = 4096
@@ -144,7 +175,11 @@ class LearnerConfig:
     ranks: int = 1
     precision: Precision = "autocast"
     """"autocast": fp32 weights, bf16 products; "bf16": bf16 weights with fp32 masters; "fp32"."""
+    offload: Offload = "none"
+    """What waits in the CPU's memory instead of the GPU's: "optimizer" (its state and the fp32 masters; zero_stage 1 to
+    3), "all" (the weights too; zero_stage 3)."""
     gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them."""
     compile: bool = False
     """torch.compile the student's layers (needs a C++ compiler on CPU)."""
     threads: int = 1
@@ -192,6 +227,8 @@ class LearnerConfig:
         _one_of("precision", self.precision, ("fp32", "autocast", "bf16"))
         _one_of("export_dtype", self.export_dtype, ("float32", "bfloat16"))
         _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
+        _one_of("schedule", self.schedule, ("linear", "cosine", "constant", "wsd"))
+        _one_of("offload", self.offload, ("none", "optimizer", "all"))
         for name in ("lr", "muon_lr", "data_timeout_s", "collective_timeout_s"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("validate_every_steps", "score_every_steps", "patience", "restarts"):
@@ -199,7 +236,7 @@ class LearnerConfig:
         _check_selection(self)
         for name in ("warmup_steps", "checkpoint_every_steps", "weight_decay", "gradient_clipping"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("ranks", "threads", "keep_checkpoints"):
+        for name in ("ranks", "threads", "keep_checkpoints", "max_skipped_steps"):
             _at_least(name, getattr(self, name), 1)
         if self.rows_per_step is not None:
             _at_least("rows_per_step", self.rows_per_step, 1)
@@ -211,6 +248,7 @@ class LearnerConfig:
                 f"{name} is {getattr(self, name)}; it must be at least max_row_tokens, {self.max_row_tokens}",
             )
         _check(0 <= self.final_lr_fraction <= 1, f"final_lr_fraction is {self.final_lr_fraction}; it must be in [0, 1]")
+        _check(0 < self.decay_share <= 1, f"decay_share is {self.decay_share}; it must be above 0 and at most 1")
         _check(0 <= self.muon_momentum < 1, f"muon_momentum is {self.muon_momentum}; it must be in [0, 1)")
         _check(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
