@@ -202,6 +202,11 @@ class VllmPolicy:
         ]
         return completions * sampling.n if sampling.temperature <= 0 else completions
 
+    @property
+    def tokenizer(self) -> Any:
+        """Of the model; a transformers tokenizer."""
+        return self._renderer.tokenizer
+
     async def score(self, token_ids: Sequence[int], top_k: int = 0, *, timeout_s: float = 120.0) -> tuple[Any, Any]:
         """The model's log-probabilities of given tokens: ids int32 and values float32, each [n - 1, 1 + top_k].
 
