@@ -7,9 +7,10 @@ A step's rows are spread over the ranks, and each rank's rows over micro-batches
 - "packed": rows end to end in rows of `row_tokens` (best-fit decreasing, arXiv 2404.10830), positions restarting at 0.
   With no attention mask and no KV cache, transformers keeps packed rows apart by their positions.
 
-Every rank gets the same number of micro-batches (empty ones where it has less to do): collectives stay in step. The
-loss is sum(weight * nll) / `total_weight`, both over the whole step, so it does not depend on ranks, packing or
-micro-batches.
+Ranks get shares of nearly as many tokens, and every rank the same number of micro-batches (empty ones where it has less
+to do): collectives stay in step. An example is never split, so what an objective needs of a whole row is in one
+micro-batch. The loss is sum(weight * nll) / `total_weight`, both over the whole step, so it does not depend on ranks,
+packing or micro-batches.
 
 Example::
 
@@ -19,13 +20,19 @@ Example::
 
 from __future__ import annotations
 
+import heapq
+import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from learner.examples import TRAINED_SPANS, Example
+
+if TYPE_CHECKING:
+    from learner.token_scores import TokenScores
 
 MICRO_BATCH_COST_TOKENS = 96
 """What starting one more micro-batch costs, in tokens of work (measured on a CPU core with the 2 M student)."""
@@ -99,26 +106,28 @@ def plan_step(
     batching: Literal["bucketed", "packed"],
 ) -> StepPlan:
     """Spread `examples` over ranks and micro-batches. Raises ValueError for an example longer than `row_tokens`."""
-    for example in examples:
-        if len(example) > row_tokens:
-            raise ValueError(f"example {example.key!r} has {len(example)} tokens; a row holds {row_tokens}")
-    ordered = sorted(examples, key=len, reverse=True)
-    shares: list[list[Example]] = [[] for _ in range(ranks)]
-    for i, example in enumerate(ordered):  # there and back again, so that shares are alike in number and length
-        turn, place = divmod(i, ranks)
-        shares[place if turn % 2 == 0 else ranks - 1 - place].append(example)
-    if batching == "packed":
-        batches = [_packed(share, micro_batch_tokens, row_tokens) for share in shares]
-    else:
-        batches = [[_padded(group) for group in bucket(share, micro_batch_tokens)] for share in shares]
-    most = max((len(share) for share in batches), default=0)
-    padded = tuple(tuple(share) + (empty_micro_batch(),) * (most - len(share)) for share in batches)
-    weights = [weight for example in examples for weight in example.loss_weights[1:]]
+    lengths = [len(example) for example in examples]
+    for example, length in zip(examples, lengths, strict=True):
+        if length > row_tokens:
+            raise ValueError(f"example {example.key!r} has {length} tokens; a row holds {row_tokens}")
+    weights = [np.asarray(example.loss_weights) for example in examples]
+    total_weight = math.fsum(float(row[1:].sum()) for row in weights)
+    step = _Step(examples, lengths, [row.astype(np.float32) for row in weights], total_weight)
+    batches: list[list[MicroBatch]] = []
+    for share in shares(lengths, ranks):
+        if batching == "packed":
+            rows = [[share[i] for i in row] for row in best_fit([lengths[i] for i in share], row_tokens)]
+            rows_each = max(1, micro_batch_tokens // row_tokens)
+            groups = [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
+        else:
+            groups = [[[i] for i in group] for group in bucket(share, lengths, micro_batch_tokens)]
+        batches.append([_micro_batch(step, group, packed=batching == "packed") for group in groups])
+    most = max(map(len, batches))
     return StepPlan(
-        ranks=padded,
-        total_weight=float(sum(weights)),
-        tokens=sum(len(example) for example in examples),
-        trained_tokens=sum(weight > 0 for weight in weights),
+        ranks=tuple(tuple(share) + (empty_micro_batch(),) * (most - len(share)) for share in batches),
+        total_weight=total_weight,
+        tokens=sum(lengths),
+        trained_tokens=sum(int(np.count_nonzero(row[1:] > 0)) for row in weights),
         rows=len(examples),
     )
 
@@ -136,22 +145,34 @@ def empty_micro_batch() -> MicroBatch:
     )
 
 
-def bucket(examples: Sequence[Example], micro_batch_tokens: int) -> list[list[Example]]:
-    """Split rows into micro-batches so that padding plus the cost of starting each is least (exact, over sorted
-    lengths).
+def shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices into `lengths` per rank, longest first: each goes to the rank that has the fewest tokens so far.
+
+    The ranks with most and fewest tokens differ by one row at most.
+    """
+    loads = [(0, rank) for rank in range(ranks)]
+    given: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, rank = loads[0]
+        given[rank].append(i)
+        heapq.heapreplace(loads, (load + lengths[i], rank))
+    return given
+
+
+def bucket(rows: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    """Split `rows`, indices into `lengths`, into micro-batches so that padding plus the cost of starting each is least
+    (exact, over sorted lengths).
 
     A micro-batch holds at most `micro_batch_tokens` positions, padding included (a single longer row is its own).
     """
-    rows = sorted(examples, key=len, reverse=True)
+    rows = sorted(rows, key=lambda i: -lengths[i])
     best = [0.0] + [float("inf")] * len(rows)
     cut = [0] * (len(rows) + 1)
-    for start in range(len(rows)):
-        width = len(rows[start])
-        for end in range(start + 1, len(rows) + 1):
-            area = (end - start) * width
-            if area > micro_batch_tokens and end > start + 1:
-                break
-            cost = best[start] + area + MICRO_BATCH_COST_TOKENS
+    for start, row in enumerate(rows):
+        width = lengths[row]
+        cost = best[start] + MICRO_BATCH_COST_TOKENS
+        for end in range(start + 1, min(len(rows), start + max(1, micro_batch_tokens // width)) + 1):
+            cost += width
             if cost < best[end]:
                 best[end], cut[end] = cost, start
     groups, end = [], len(rows)
@@ -164,48 +185,49 @@ def bucket(examples: Sequence[Example], micro_batch_tokens: int) -> list[list[Ex
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: indices into `lengths` per bin, no bin above `capacity`."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [b for b in range(len(bins)) if room[b] >= lengths[i]]
-        if fits:
-            best = min(fits, key=lambda b: (room[b], b))
-            bins[best].append(i)
-            room[best] -= lengths[i]
+        at = bisect_left(room, (lengths[i], -1))
+        if at < len(room):
+            left, chosen = room.pop(at)
+            bins[chosen].append(i)
         else:
+            left, chosen = capacity, len(bins)
             bins.append([i])
-            room.append(capacity - lengths[i])
+        insort(room, (left - lengths[i], chosen))
     return bins
 
 
-def _packed(examples: Sequence[Example], micro_batch_tokens: int, row_tokens: int) -> list[MicroBatch]:
-    bins = [[examples[i] for i in row] for row in best_fit([len(example) for example in examples], row_tokens)]
-    rows_each = max(1, micro_batch_tokens // row_tokens)
-    return [_rows(bins[i : i + rows_each], packed=True) for i in range(0, len(bins), rows_each)]
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the micro-batches of one step are made of."""
+
+    examples: Sequence[Example]
+    lengths: list[int]
+    weights: list[np.ndarray]
+    """[n] float32 of each example."""
+    total_weight: float
 
 
-def _padded(examples: Sequence[Example]) -> MicroBatch:
-    return _rows([[example] for example in examples], packed=False)
-
-
-def _rows(rows: Sequence[Sequence[Example]], *, packed: bool) -> MicroBatch:
+def _micro_batch(step: _Step, rows: Sequence[Sequence[int]], *, packed: bool) -> MicroBatch:
     """One micro-batch of `rows`, each of one or more examples end to end, padded on the right."""
-    width = max(sum(len(example) for example in row) for row in rows)
+    width = max(sum(step.lengths[i] for i in row) for row in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
     positions = np.zeros((len(rows), width), np.int64)
-    selected, targets, weights, spans = [], [], [], []
+    here, chosen, selected, targets, spans = [], [], [], [], []
     for r, row in enumerate(rows):
         column = 0
-        for example in row:
-            n = len(example)
+        for i in row:
+            example, n = step.examples[i], step.lengths[i]
             ids = np.asarray(example.token_ids, np.int64)
             input_ids[r, column : column + n] = ids
             positions[r, column : column + n] = np.arange(n)
-            weight = np.asarray(example.loss_weights, np.float32)
-            at = np.flatnonzero(weight[1:] > 0)
-            selected.append(r * width + column + at)
-            targets.append(ids[at + 1])
-            weights.append(weight[at + 1])
-            spans.append(np.asarray([_SPAN_INDEX[example.span_types[j + 1]] for j in at], np.int64))
+            at = np.flatnonzero(step.weights[i][1:] > 0) + 1
+            selected.append(r * width + column + at - 1)
+            targets.append(ids[at])
+            spans.append(np.asarray([_SPAN_INDEX[example.span_types[j]] for j in at.tolist()], np.int64))
+            here.append(i)
+            chosen.append(at)
             column += n
         positions[r, column:] = np.arange(width - column)  # the padding is one more sequence, seen by nobody
     return MicroBatch(
@@ -213,10 +235,40 @@ def _rows(rows: Sequence[Sequence[Example]], *, packed: bool) -> MicroBatch:
         position_ids=positions if packed else None,
         selected=np.concatenate(selected),
         targets=np.concatenate(targets),
-        weights=np.concatenate(weights),
+        weights=np.concatenate([step.weights[i][at] for i, at in zip(here, chosen, strict=True)]),
         spans=np.concatenate(spans),
-        tokens=sum(len(example) for row in rows for example in row),
+        tokens=sum(step.lengths[i] for i in here),
+        rows=np.repeat(np.asarray(here, np.int64), [len(at) for at in chosen]),
+        turns=np.concatenate(
+            [np.asarray(step.examples[i].turns, np.int64)[at] for i, at in zip(here, chosen, strict=True)]
+        ),
+        step_weight=step.total_weight,
+        step_rows=len(step.examples),
+        **_scores([step.examples[i].scores for i in here], chosen),
     )
+
+
+def _scores(scores: Sequence[TokenScores | None], chosen: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the `chosen` tokens of each example, by field of `MicroBatch`; what none of them has is left out."""
+    found: dict[str, np.ndarray] = {}
+    if all(one is None for one in scores):
+        return found
+    ends = np.cumsum([len(at) for at in chosen]).tolist()
+    pieces = [(one, at, slice(end - len(at), end)) for one, at, end in zip(scores, chosen, ends, strict=True) if one]
+    widest = max((one.teacher_ids.shape[1] for one, _, _ in pieces if one.teacher_ids is not None), default=0)
+    for one, at, where in pieces:
+        if one.behaviour_logprobs is not None:
+            filled = found.setdefault("behaviour_logprobs", np.full(ends[-1], np.nan, np.float32))
+            filled[where] = one.behaviour_logprobs[at]
+        if one.teacher_ids is not None and one.teacher_logprobs is not None:
+            k = one.teacher_ids.shape[1]
+            ids = found.setdefault("teacher_ids", np.full((ends[-1], widest), -1, np.int64))
+            ids[where, :k] = one.teacher_ids[at]
+            logprobs = found.setdefault("teacher_logprobs", np.full((ends[-1], widest), np.nan, np.float32))
+            logprobs[where, :k] = one.teacher_logprobs[at]
+        if one.advantage is not None:
+            found.setdefault("advantages", np.full(ends[-1], np.nan, np.float32))[where] = one.advantage
+    return found
 
 
 _SPAN_INDEX = {span: i for i, span in enumerate(TRAINED_SPANS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from learner.curriculum import Curriculum, held_out, shuffled
 from learner.examples import Example
-from learner.packing import MICRO_BATCH_COST_TOKENS, best_fit, bucket, fill_step, plan_step
+from learner.packing import MICRO_BATCH_COST_TOKENS, best_fit, bucket, fill_step, plan_step, shares
+from learner.token_scores import TokenScores
 from rollout.trajectory import SpanType
 
 
@@ -34,33 +36,32 @@ def test_best_fit_holds_each_row_once_and_overfills_no_bin(lengths: list[int]) -
 
 @given(lengths_of_rows)
 def test_buckets_hold_each_row_once_within_the_budget(lengths: list[int]) -> None:
-    rows = [example(i, length) for i, length in enumerate(lengths)]
-    groups = bucket(rows, 1000)
-    assert sorted(row.key for group in groups for row in group) == sorted(row.key for row in rows)
-    assert all(len(group) * max(map(len, group)) <= 1000 for group in groups)
+    groups = bucket(range(len(lengths)), lengths, 1000)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) * max(lengths[i] for i in group) <= 1000 for group in groups)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(8, 400), min_size=1, max_size=7))
 def test_buckets_waste_least(lengths: list[int]) -> None:
-    rows = sorted((example(i, length) for i, length in enumerate(lengths)), key=len, reverse=True)
+    rows = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
-    def cost(groups: list[list[Example]]) -> float:
-        return sum(len(group) * max(map(len, group)) + MICRO_BATCH_COST_TOKENS for group in groups)
+    def cost(groups: list[list[int]]) -> float:
+        return sum(len(group) * max(lengths[i] for i in group) + MICRO_BATCH_COST_TOKENS for group in groups)
 
     def splits() -> Any:
         for count in range(len(rows)):
             for cuts in combinations(range(1, len(rows)), count):
                 edges = [0, *cuts, len(rows)]
                 groups = [rows[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-                if all(len(group) == 1 or len(group) * len(group[0]) <= 1000 for group in groups):
+                if all(len(group) == 1 or len(group) * lengths[group[0]] <= 1000 for group in groups):
                     yield groups
 
-    assert cost(bucket(rows, 1000)) == min(map(cost, splits()))
+    assert cost(bucket(range(len(lengths)), lengths, 1000)) == min(map(cost, splits()))
 
 
 @pytest.mark.parametrize("batching", ["bucketed", "packed"])
-@given(lengths=lengths_of_rows, ranks=st.integers(1, 4))
+@given(lengths=lengths_of_rows, ranks=st.integers(1, 8))
 @settings(deadline=None)
 def test_a_plan_trains_each_token_once_and_gives_every_rank_as_many_micro_batches(
     batching: Literal["bucketed", "packed"], lengths: list[int], ranks: int
@@ -74,6 +75,63 @@ def test_a_plan_trains_each_token_once_and_gives_every_rank_as_many_micro_batche
     assert sorted(targets) == sorted(t for row in rows for t in row.token_ids[-4:])
     assert plan.total_weight == sum(float(batch.weights.sum()) for batch in batches) == plan.trained_tokens
     assert all(batch.input_ids.size <= 1000 for batch in batches)
+
+
+@given(lengths=lengths_of_rows, ranks=st.integers(1, 8))
+def test_shares_hold_each_row_once_and_differ_by_one_row_at_most(lengths: list[int], ranks: int) -> None:
+    given = shares(lengths, ranks)
+    assert len(given) == ranks
+    assert sorted(i for share in given for i in share) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in share) for share in given]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def scored(i: int, length: int, k: int) -> Example:
+    """The teacher says -(token id) / 1000 of the token itself, and as much of each of the `k` ids above it."""
+    row = example(i, length, trained=6)
+    ids = np.asarray(row.token_ids, np.int32)
+    scores = TokenScores(
+        behaviour_logprobs=(-ids / 2000).astype(np.float32),
+        teacher_ids=ids[:, None] + np.arange(k, dtype=np.int32),
+        teacher_logprobs=np.repeat(-ids[:, None] / 1000, k, 1).astype(np.float32),
+        advantage=float(i),
+    )
+    turns = (*[-1] * (length - 6), 0, 0, 0, 1, 1, 1)
+    return dataclasses.replace(row, scores=scores, turns=turns)
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "packed"])
+def test_scores_stay_with_their_tokens(batching: Literal["bucketed", "packed"]) -> None:
+    rows = [scored(i, 20 + 7 * i % 90, k=1 + i % 3) for i in range(12)] + [example(12, 50)]
+    plan = plan_step(rows, ranks=2, micro_batch_tokens=300, row_tokens=150, batching=batching)
+    seen = 0
+    for batch in (batch for share in plan.ranks for batch in share):
+        assert batch.rows is not None and batch.turns is not None
+        if batch.teacher_ids is None:
+            assert set(batch.rows.tolist()) == {12}
+            continue
+        assert batch.teacher_logprobs is not None and batch.behaviour_logprobs is not None
+        assert batch.advantages is not None
+        for j, (row, target) in enumerate(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True)):
+            known = batch.teacher_ids[j] >= 0
+            assert (known == ~np.isnan(batch.teacher_logprobs[j])).all()
+            if row == 12:
+                assert not known.any() and np.isnan([batch.behaviour_logprobs[j], batch.advantages[j]]).all()
+                continue
+            assert batch.teacher_ids[j][known].tolist() == [target + c for c in range(1 + row % 3)]
+            assert batch.teacher_logprobs[j][known] == pytest.approx(-target / 1000)
+            assert batch.behaviour_logprobs[j] == pytest.approx(-target / 2000)
+            assert batch.advantages[j] == row
+            assert batch.turns[j] == (0 if target in rows[row].token_ids[-6:-3] else 1)
+            seen += 1
+    assert seen == 12 * 6
+
+
+def test_every_micro_batch_knows_the_whole_step() -> None:
+    rows = [example(i, 40 + i) for i in range(9)]
+    plan = plan_step(rows, ranks=3, micro_batch_tokens=100, row_tokens=100, batching="bucketed")
+    batches = [batch for share in plan.ranks for batch in share if batch.tokens]
+    assert {(batch.step_rows, batch.step_weight) for batch in batches} == {(9, plan.total_weight)}
 
 
 def test_a_selected_position_precedes_its_target() -> None:
