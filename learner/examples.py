@@ -16,23 +16,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from learner.token_scores import TokenScores
 from rollout.rendering import Renderer, RenderingError, Row
 from rollout.trajectory import Message, SpanType, Step, Trajectory
 
-if TYPE_CHECKING:
-    from learner.token_scores import TokenScores
-
-Scorer = Callable[[str, tuple[int, ...]], "TokenScores | None"]
+Scorer = Callable[[str, tuple[int, ...]], TokenScores | None]
 """(trajectory key, the row's token ids) -> what is known of its tokens, arrays over the whole row; None: nothing."""
 
-DifficultyOf = Callable[[Trajectory, int], "float | None"]
+DifficultyOf = Callable[[Trajectory, int], float | None]
 """(trajectory, tokens of its row) -> how hard it is, larger is harder; None: unknown. See `learner.difficulty`."""
 
 TRAINED_SPANS = (SpanType.THOUGHT, SpanType.CODE, SpanType.ANSWER, SpanType.FORMAT)
@@ -70,7 +67,7 @@ class Example:
     turns: tuple[int, ...] = ()
     """[n] 0, 1, ... the assistant turn that each token belongs to, its stop token included; -1 for what is only read.
     Left out: the unbroken stretches of weight are the turns."""
-    scores: TokenScores | None = field(default=None, compare=False)
+    scores: TokenScores | None = None
     """What other policies say of its tokens; None: nothing is known."""
     difficulty: float | None = None
     """Larger is harder; None: unknown, or not asked for."""
@@ -196,17 +193,15 @@ class ExampleMaker:
 
     def _scores(self, trajectory: Trajectory, messages: list[Message], row: Row) -> TokenScores | None:
         """The scorer's, with the behaviour's log-probabilities from the rollout where it brings none. Raises ValueError
-        for scores of another number of tokens."""
+        for scores that are not this row's."""
         scores = None if self._scorer is None else self._scorer(trajectory.key, row.token_ids)
         if scores is not None:
-            _check_lengths(scores, len(row))
+            _check_fit(scores, len(row), len(self.renderer.tokenizer))
             if scores.behaviour_logprobs is not None:
                 return scores
         behaviour = _behaviour_logprobs(trajectory, messages, row)
-        if behaviour is None or find_spec("learner.token_scores") is None:
+        if behaviour is None:
             return scores
-        from learner.token_scores import TokenScores
-
         if scores is None:
             return TokenScores(behaviour_logprobs=behaviour)
         return dataclasses.replace(scores, behaviour_logprobs=behaviour)
@@ -253,11 +248,16 @@ def _behaviour_logprobs(trajectory: Trajectory, messages: list[Message], row: Ro
     return logprobs if known else None
 
 
-def _check_lengths(scores: TokenScores, n: int) -> None:
-    for name in ("behaviour_logprobs", "teacher_ids", "teacher_logprobs"):
-        array = getattr(scores, name)
-        if array is not None and len(array) != n:
-            raise ValueError(f"{name} is of {len(array)} tokens, the row has {n}")
+def _check_fit(scores: TokenScores, tokens: int, vocabulary: int) -> None:
+    """Raises ValueError for scores of another row, or of a teacher with another vocabulary."""
+    if scores.tokens not in (None, tokens):
+        raise ValueError(f"the scores are of {scores.tokens} tokens, the row has {tokens}")
+    largest = -1 if scores.teacher_ids is None else int(scores.teacher_ids.max(initial=-1))
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the teacher's scores name token {largest}, the student's tokenizer has {vocabulary} tokens; "
+            "a teacher that scores tokens must share the student's vocabulary"
+        )
 
 
 def trained_runs(trained: tuple[bool, ...]) -> Iterator[tuple[int, int]]:

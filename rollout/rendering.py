@@ -3,7 +3,8 @@
 Every piece of a conversation (the template's own text, each content) is tokenised on its own, and an assistant turn
 whose ids were sampled is taken as it was sampled. So a longer conversation only ever appends: the prompt that a
 student sees at rollout is, token for token, a prefix of the row that it was trained on. Templates for which that
-cannot be proven are refused.
+cannot be proven are refused. A template that trims contents (Llama-3's) trims what is read; an assistant's turn stays
+as it was produced.
 
 Example::
 
@@ -52,6 +53,8 @@ class _Pieces:
     generation prompt, exactly as they are at rollout)."""
     after: str
     generation_prompt: str
+    trims: tuple[tuple[bool, bool], ...]
+    """[n] whether the template drops white space at the beginning and at the end of each content that is read."""
 
 
 _DEFAULT_SPAN: dict[Role, SpanType] = {
@@ -115,7 +118,7 @@ class Renderer:
         for i, message in enumerate(messages):
             before = [token for text in pieces.before[i] for token in self._literal(text)]
             add(before, [SpanType.FORMAT] * len(before), False)
-            content_ids, content_types = self._typed_content(message, typed=typed)
+            content_ids, content_types = self._typed_content(message, pieces.trims[i], typed=typed)
             is_assistant = message.role == "assistant"
             add(content_ids, content_types, is_assistant)
             if is_assistant and (not content_ids or content_ids[-1] != self.stop_token_id):
@@ -126,19 +129,25 @@ class Renderer:
             add(after, [SpanType.FORMAT] * len(after), False)
         return Row(tuple(ids), tuple(types), tuple(trained))
 
-    def _typed_content(self, message: Message, *, typed: bool) -> tuple[tuple[int, ...], tuple[SpanType, ...]]:
+    def _typed_content(
+        self, message: Message, trims: tuple[bool, bool], *, typed: bool
+    ) -> tuple[tuple[int, ...], tuple[SpanType, ...]]:
         """Ids of a content, and the type of each; not `typed` spares finding out (a prompt has no use for it)."""
         default = _DEFAULT_SPAN[message.role]
+        begin, end = 0, len(message.content)
         if message.token_ids is not None:
             ids = message.token_ids
             if not typed:
                 return ids, (default,) * len(ids)
             ends = self._decoded_ends(ids)
         else:
-            ids, ends = self._content(message.content)
+            if message.role != "assistant":  # what a policy produced is taken as it produced it
+                begin, end = _trimmed(message.content, trims)
+            ids, ends = self._content(message.content[begin:end])
         if not message.spans:
             return ids, (default,) * len(ids)
-        starts = (0, *ends[:-1])
+        ends = [begin + each for each in ends]
+        starts = (begin, *ends)[:-1]  # none for an empty content
         anchors = (_anchor(message.content, start, end) for start, end in zip(starts, ends, strict=True))
         return ids, tuple(_type_at(message.spans, anchor, default) for anchor in anchors)
 
@@ -182,7 +191,19 @@ class Renderer:
                 before.append((end.removeprefix(self.stop_token) if after_assistant else end, start))
             else:
                 before.append((literals[i].removeprefix(self.stop_token) if after_assistant else literals[i],))
-        return _Pieces(tuple(before), literals[-1], generation_prompt)
+        return _Pieces(tuple(before), literals[-1], generation_prompt, self._trims(roles, literals))
+
+    def _trims(self, roles: tuple[Role, ...], literals: list[str]) -> tuple[tuple[bool, bool], ...]:
+        """For each content that is read whether the template drops white space at its beginning, and at its end."""
+        marks = [f"content{uuid.uuid4().hex}" for _ in roles]
+        contents = [mark if role == "assistant" else f" \n{mark}\n " for role, mark in zip(roles, marks, strict=True)]
+        conversation = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        whole = self._apply(conversation, False)
+        trims = tuple((f" \n{mark}" not in whole, f"{mark}\n " not in whole) for mark in marks)
+        cut = (text[slice(*_trimmed(text, trim))] for text, trim in zip(contents, trims, strict=True))
+        if whole != literals[0] + "".join(text + after for text, after in zip(cut, literals[1:], strict=True)):
+            raise RenderingError("the chat template changes white space inside a message; let it keep or trim contents")
+        return trims
 
     def _literals(self, roles: tuple[Role, ...]) -> tuple[list[str], str]:
         """The template's text before content 0, 1, ..., after the last one; and its generation prompt."""
@@ -222,6 +243,12 @@ class Renderer:
         return self.tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generation_prompt, return_dict=False
         )
+
+
+def _trimmed(text: str, trims: tuple[bool, bool]) -> tuple[int, int]:
+    """[begin, end) of a content in the template's text."""
+    begin = len(text) - len(text.lstrip()) if trims[0] else 0
+    return begin, max(begin, len(text.rstrip())) if trims[1] else len(text)
 
 
 def _anchor(text: str, start: int, end: int) -> int:
