@@ -194,12 +194,13 @@ class Stage:
         self._envs: Sequence[Any] = envs if isinstance(envs, list) else self.run(envs.connect())
 
     def settings(self, *, temperature: float, candidates: int = 1) -> EpisodeSettings:
-        """The embedded default's limits; nothing ends an episode early."""
+        """The embedded default's limits and top-k; nothing ends an episode early."""
         return EpisodeSettings(
             dialect=self.config.episode.dialect,
             max_steps=self.config.episode.max_steps,
             max_tokens=self.config.evaluate.max_tokens,
             temperature=temperature,
+            top_k=self.config.evaluate.top_k,
             candidates=candidates,
         )
 

@@ -128,6 +128,8 @@ class EvaluateConfig:
     candidates: int = 8
     temperature: float = 0.4
     top_p: float = 0.8
+    top_k: int = 20
+    """As in `rollout.episode.EpisodeSettings`."""
     concurrency: int = 48
     dtype: str = "auto"
     kv_cache_mb: int | None = None
@@ -138,7 +140,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_bounds(
             self,
-            at_least_0=("fruitless_steps", "temperature"),
+            at_least_0=("fruitless_steps", "temperature", "top_k"),
             at_least_1=("max_tokens", "max_model_len", "candidates", "concurrency", "kv_cache_mb"),
             above_0=("top_p",),
             shares=("top_p",),

@@ -69,10 +69,11 @@ def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
         candidates=1,
         temperature=0.0,
         top_p=1.0,
+        top_k=0,
     )
     if mode == "greedy":
         return settings
-    sampled = replace(settings, temperature=evaluate.temperature, top_p=evaluate.top_p)
+    sampled = replace(settings, temperature=evaluate.temperature, top_p=evaluate.top_p, top_k=evaluate.top_k)
     return sampled if mode == "whole_run_vote" else replace(sampled, candidates=evaluate.candidates)
 
 

@@ -56,7 +56,7 @@ Prefill = Literal["auto", "continue", "message", "none"]
 _PREFIX_BY: dict[str, PrefixBy] = {"continue": "continue", "message": "message", "none": "asked"}
 _MAX_STOPS = 4
 """What the API allows, and vLLM's server too."""
-_DROPPABLE = ("logprobs", "seed", "stop", "temperature", "top_p", "n")
+_DROPPABLE = ("logprobs", "seed", "stop", "temperature", "top_p", "top_k", "n")
 _ASKED = "\n\nBegin your answer exactly with: "
 _OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 _NOT_SUPPORTED = re.compile(
@@ -264,7 +264,7 @@ class OpenAIPolicy:
             "seed": sampling.seed,
             "logprobs": sampling.logprobs,
             "extra_body": self._extra_body,
-        }
+        } | ({"top_k": sampling.top_k} if sampling.top_k else {})
 
     def _body(self, messages: Sequence[Message], sampling: Sampling, prefix: str, n: int, index: int) -> dict[str, Any]:
         chat = [{"role": message.role, "content": message.content} for message in messages]
@@ -276,6 +276,8 @@ class OpenAIPolicy:
         if prefix and self._prefill == "none":
             chat[-1] = {**chat[-1], "content": chat[-1]["content"] + _ASKED + prefix}
         optional: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.top_k:
+            optional["top_k"] = sampling.top_k  # not OpenAI's own API, but vLLM's, SGLang's and many others'
         if n > 1:
             optional["n"] = n
         if sampling.stop:
@@ -349,6 +351,7 @@ class OpenAIPolicy:
                 "seed": "samples cannot be had again",
                 "temperature": "the endpoint's own is used",
                 "top_p": "the endpoint's own is used",
+                "top_k": "the endpoint's own is used",
             }[field]
             self._note(f"the field {field!r} is left out, so {effect}: {reason}")
 

@@ -38,6 +38,8 @@ class Sampling:
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    top_k: int = 0
+    """Sample from the k likeliest tokens alone; 0: from all."""
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     """Strings that end the turn; they stay part of the text."""

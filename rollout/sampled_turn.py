@@ -19,19 +19,18 @@ def sampled_turn(
     prefix: str,
     prefix_ids: tuple[int, ...],
     sampled: tuple[int, ...],
-    engine_text: str | None = None,
+    stop: str | None = None,
 ) -> tuple[str, tuple[int, ...] | None]:
     """The whole turn's text and ids [prefix + sampled]; the ids are None where they say more than the text.
 
-    `engine_text` is the engine's own text of what was sampled where it met a stop string, cut where that ends; else
-    None.
+    `stop` is the stop string that ended the turn, if one did: the text ends with it.
     """
     ids: tuple[int, ...] | None = prefix_ids + sampled
     text = tokenizer.decode(list(prefix_ids + sampled), skip_special_tokens=True)
     if not text.startswith(prefix):
         text = prefix + tokenizer.decode(list(sampled), skip_special_tokens=True)
         ids = None
-    if engine_text is not None and text != prefix + engine_text:
-        text = prefix + engine_text
+    if stop is not None and (at := text.find(stop, len(prefix))) >= 0 and at + len(stop) < len(text):
+        text = text[: at + len(stop)]
         ids = None
     return text, ids

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -86,6 +86,8 @@ class Completion:
     """This completion's share of what its request cost; 0 where nothing is paid or the answer came from a cache."""
     cached: bool = False
     """It came from the cache of identical requests."""
+    shared_tokens: int = field(default=0, compare=False)
+    """How many of the sampled tokens were decoded for another candidate of the same request; not kept in records."""
 
     @property
     def sampled_ids(self) -> tuple[int, ...] | None:

@@ -18,12 +18,14 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +33,7 @@ from rollout.concurrency import Pressure
 from rollout.policy import PolicyError, Sampling
 from rollout.rendering import Renderer, RenderingError
 from rollout.sampled_turn import sampled_turn
+from rollout.shared_decoding import MOST_TOP_K, Decoded, Ids, TurnEnds, sample_shared
 from rollout.trajectory import Completion, FailureClass, Message
 from rollout.vllm_engine import VllmEngine, failure_class, start_engine
 
@@ -130,6 +133,7 @@ class VllmPolicy:
 
             self._renderer = Renderer(AutoTokenizer.from_pretrained(model))
             config = AutoConfig.from_pretrained(model)
+            self._stop_token_ids = _stop_token_ids(model, self._renderer)
             self._shape = {field: getattr(config, field, None) for field in _SHAPE_FIELDS}
             if gpu:
                 arguments |= {
@@ -161,7 +165,8 @@ class VllmPolicy:
         self._requests = self._prompt_tokens = self._generated_tokens = 0
 
     async def complete(self, messages: Sequence[Message], sampling: Sampling, *, prefix: str = "") -> list[Completion]:
-        """`sampling.n` turns from one shared prefill; greedy candidates are copies of one.
+        """`sampling.n` turns; greedy ones are copies of one, sampled ones share their prefill, and with a `top_k` of at
+        most 20 all that they have in common (`rollout.shared_decoding`).
 
         `max_tokens` is cut to the room that the model has left (finish reason "length"). The same seed and prompt
         sample the same tokens on the same engine, up to the rounding that another batch composition brings.
@@ -183,24 +188,58 @@ class VllmPolicy:
                 FailureClass.LIMIT,
             )
         version = self.weights_version
-        self._requests += 1
         try:
             async with asyncio.timeout(sampling.timeout_s):
-                outputs = await self._engine.generate(
-                    f"r{next(self._request_numbers)}", prompt_ids, self._parameters(sampling, room=room)
-                )
+                sampled = await self._sample(prompt_ids, sampling, room)
         except PolicyError:
             raise
         except TimeoutError as error:
             raise PolicyError(f"{self.name}: no completion within timeout_s={sampling.timeout_s:g}") from error
         except Exception as error:
             raise PolicyError(f"{self.name}: {type(error).__name__}: {error}", failure_class(error)) from error
+        return [self._completion(decoded, prefix, prefix_ids, prompt_ids, version) for decoded in sampled]
+
+    async def _sample(self, prompt_ids: Ids, sampling: Sampling, room: int) -> list[Decoded]:
+        parameters = self._parameters(sampling, room=room)
+        if sampling.n == 1 or sampling.temperature <= 0:
+            [only] = await self._generate(prompt_ids, {**parameters, "n": 1})
+            return [only, *itertools.repeat(replace(only, shared=len(only.token_ids)), sampling.n - 1)]
+        if not 0 < sampling.top_k <= MOST_TOP_K:
+            return await self._generate(prompt_ids, parameters)
+        limit = parameters["max_tokens"]
+
+        async def decode(so_far: Ids, *, branch: str, top: bool) -> Decoded:
+            changes = {
+                "n": 1,
+                "max_tokens": limit - len(so_far),
+                "seed": None if sampling.seed is None else _spread(f"{sampling.seed}{branch}"),
+            }
+            if top:
+                changes |= {"logprobs": sampling.top_k, "flat_logprobs": True}
+            [decoded] = await self._generate(prompt_ids + so_far, {**parameters, **changes})
+            return decoded
+
+        return await sample_shared(
+            decode,
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            ends=TurnEnds(
+                decode=lambda ids: self._renderer.tokenizer.decode(list(ids), skip_special_tokens=True),
+                stop_token_ids=self._stop_token_ids,
+                stop=sampling.stop,
+                max_tokens=limit,
+            ),
+        )
+
+    async def _generate(self, prompt_ids: Ids, parameters: dict[str, Any]) -> list[Decoded]:
+        self._requests += 1
         self._prompt_tokens += len(prompt_ids)
+        outputs = await self._engine.generate(f"r{next(self._request_numbers)}", prompt_ids, parameters)
         self._generated_tokens += sum(len(output.token_ids) for output in outputs)
-        completions = [
-            self._completion(output, sampling, prefix, prefix_ids, prompt_ids, version) for output in outputs
-        ]
-        return completions * sampling.n if sampling.temperature <= 0 else completions
+        return [_decoded(output, parameters["logprobs"]) for output in outputs]
 
     @property
     def tokenizer(self) -> Any:
@@ -268,11 +307,11 @@ class VllmPolicy:
         await asyncio.to_thread(self._engine.close)
 
     def _parameters(self, sampling: Sampling, *, room: int) -> dict[str, Any]:
-        greedy = sampling.temperature <= 0
         return {
-            "n": 1 if greedy else sampling.n,
+            "n": sampling.n,
             "temperature": max(sampling.temperature, 0.0),
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
             "max_tokens": min(sampling.max_tokens, room),
             "stop": list(sampling.stop) or None,
             "include_stop_str_in_output": True,
@@ -284,37 +323,25 @@ class VllmPolicy:
             "detokenize": bool(sampling.stop),  # only stop strings need the engine's text
         }
 
-    def _completion(
-        self,
-        output: Any,
-        sampling: Sampling,
-        prefix: str,
-        prefix_ids: tuple[int, ...],
-        prompt_ids: tuple[int, ...],
-        version: str,
-    ) -> Completion:
-        sampled = tuple(output.token_ids)
+    def _completion(self, decoded: Decoded, prefix: str, prefix_ids: Ids, prompt_ids: Ids, version: str) -> Completion:
         text, ids = sampled_turn(
             self._renderer.tokenizer,
             prefix=prefix,
             prefix_ids=prefix_ids,
-            sampled=sampled,
-            engine_text=output.text if isinstance(output.stop_reason, str) else None,
+            sampled=decoded.token_ids,
+            stop=decoded.stop,
         )
-        logprobs = None
-        if sampling.logprobs:
-            flat = output.logprobs
-            logprobs = tuple(flat.logprobs[start] for start in flat.start_indices)  # what was sampled comes first
         return Completion(
             text=text,
             token_ids=ids,
-            logprobs=logprobs,
-            finish_reason=output.finish_reason,
+            logprobs=decoded.logprobs,
+            finish_reason=decoded.finish_reason,
             weights_version=version,
             prompt_tokens=len(prompt_ids),
-            completion_tokens=len(sampled),
+            completion_tokens=len(decoded.token_ids),
             prompt_ids=prompt_ids,
             prefix_by="tokens" if prefix else "",
+            shared_tokens=decoded.shared,
         )
 
     def _check_folder(self, folder: Path) -> None:
@@ -356,6 +383,38 @@ def _kv_cache_bytes(config: Any, dtype: str, max_model_len: int, max_num_seqs: i
     return max(min(sequence * max_num_seqs, free // 4), sequence * 2)
 
 
-def _spread(seed: int) -> int:
+def _decoded(output: Any, top_k: int | None) -> Decoded:
+    """One of vLLM's outputs. Its flat log-probabilities have, for each position, the sampled token's, then the
+    `top_k` likeliest tokens'."""
+    logprobs = top = None
+    if top_k is not None:
+        flat = output.logprobs
+        logprobs = tuple(flat.logprobs[start] for start in flat.start_indices)
+        if top_k:
+            import numpy as np
+
+            shape = (len(output.token_ids), top_k + 1)
+            top = (
+                np.asarray(flat.token_ids, np.int64).reshape(shape)[:, 1:],
+                np.asarray(flat.logprobs, np.float64).reshape(shape)[:, 1:],
+            )
+    stop = output.stop_reason if isinstance(output.stop_reason, str) else None
+    return Decoded(
+        token_ids=tuple(output.token_ids), logprobs=logprobs, finish_reason=output.finish_reason, stop=stop, top=top
+    )
+
+
+def _stop_token_ids(model: str, renderer: Renderer) -> frozenset[int]:
+    """The ids that end a turn in vLLM: the template's stop token, and those of the model's generation settings."""
+    from transformers import GenerationConfig
+
+    ids = {renderer.stop_token_id, renderer.tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):  # a model need not have any
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+        ids |= set(ends if isinstance(ends, list) else [ends])
+    return frozenset(ids - {None})
+
+
+def _spread(seed: int | str) -> int:
     """31 bits far from those of `seed + 1`."""
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1

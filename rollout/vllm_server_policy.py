@@ -153,7 +153,7 @@ class VllmServerPolicy:
             "temperature": max(sampling.temperature, 0.0),
             "top_p": sampling.top_p,
             # A server takes what a request does not say from the model's generation_config.json.
-            "top_k": 0,
+            "top_k": sampling.top_k,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "max_tokens": min(sampling.max_tokens, room),
@@ -196,13 +196,12 @@ class VllmServerPolicy:
                 f"{self._client.where} was sent {len(prompt_ids)} prompt ids and used {len(choice.prompt_ids)} others",
                 FailureClass.INPUT,
             )
-        met_string = isinstance(choice.stop_reason, str)
         text, ids = sampled_turn(
             self._renderer.tokenizer,
             prefix=prefix,
             prefix_ids=prefix_ids,
             sampled=choice.token_ids,
-            engine_text=choice.text if met_string else None,
+            stop=choice.stop_reason if isinstance(choice.stop_reason, str) else None,
         )
         logprobs = choice.logprobs if sampling.logprobs else None
         if sampling.logprobs and (logprobs is None or len(logprobs) != len(choice.token_ids)):

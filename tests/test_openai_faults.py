@@ -288,6 +288,7 @@ REFUSED: dict[str, Sampling] = {
     "stop": Sampling(stop=("<end>",)),
     "temperature": Sampling(temperature=0.5),
     "top_p": Sampling(top_p=0.5),
+    "top_k": Sampling(top_k=20),
     "n": Sampling(n=2, temperature=1.0),
 }
 

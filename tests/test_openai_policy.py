@@ -122,7 +122,7 @@ def refused(endpoint: Endpoint, sampling: Sampling | None = None, **settings: An
 
 
 def test_a_conversation_goes_out_and_a_turn_with_its_cost_comes_back(endpoint: Endpoint) -> None:
-    [completion], policy = complete(endpoint, Sampling(max_tokens=9, temperature=0.5, top_p=0.9, seed=1))
+    [completion], policy = complete(endpoint, Sampling(max_tokens=9, temperature=0.5, top_p=0.9, top_k=20, seed=1))
     assert completion.text == "Thought: 42"
     assert (completion.prompt_tokens, completion.completion_tokens, completion.finish_reason) == (11, 7, "stop")
     assert completion.token_ids is None
@@ -131,7 +131,8 @@ def test_a_conversation_goes_out_and_a_turn_with_its_cost_comes_back(endpoint: E
         {"role": "system", "content": "You act."},
         {"role": "user", "content": "What is 6 * 7?"},
     ]
-    assert (request["max_tokens"], request["temperature"], request["top_p"]) == (9, 0.5, 0.9)
+    assert (request["max_tokens"], request["temperature"]) == (9, 0.5)
+    assert (request["top_p"], request["top_k"]) == (0.9, 20)
     assert policy.stats() == {
         "requests": 1,
         "retries": 0,

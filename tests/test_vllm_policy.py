@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,6 +194,47 @@ def test_many_seeded_requests_at_once_sample_what_they_sample_alone(policy: Vllm
     for i in (0, 39):
         [alone] = run(policy.complete(long[i], sampling))
         assert token_ids(at_once[i][0]) == token_ids(alone)
+
+
+def test_candidates_that_share_their_decoding_are_sampled_as_if_they_did_not(
+    policy: VllmPolicy, renderer: Renderer, folders: tuple[Path, Path]
+) -> None:
+    """The first two tokens of 1,200 candidates against the probabilities that transformers gives; five sigma."""
+    n, prompt = 1200, renderer.prompt(MESSAGES)
+    before = policy.stats()["generated_tokens"]
+    sampling = Sampling(n=n, max_tokens=2, temperature=0.8, top_k=4, top_p=0.9, seed=3, logprobs=True)
+    candidates = complete(policy, sampling)
+    firsts = Counter(token_ids(each)[0] for each in candidates)
+    chances = sampled_from(reference_logprobs(folders[0], [*prompt, 0])[-1], sampling)
+    assert_counts(firsts, chances, n)
+    first, count = firsts.most_common(1)[0]
+    seconds = Counter(token_ids(each)[1] for each in candidates if token_ids(each)[0] == first)
+    assert_counts(seconds, sampled_from(reference_logprobs(folders[0], [*prompt, first, 0])[-1], sampling), count)
+    for each in candidates[:8] + candidates[-8:]:
+        ids = token_ids(each)
+        rows = reference_logprobs(folders[0], [*prompt, *ids])[len(prompt) - 1 :]
+        assert each.logprobs == pytest.approx([rows[i, token].item() for i, token in enumerate(ids)], abs=1e-3)
+    tree = {token_ids(each)[:length] for each in candidates for length in (1, 2)}
+    assert policy.stats()["generated_tokens"] - before <= len(tree) < 2 * n
+    assert sum(each.completion_tokens - each.shared_tokens for each in candidates) == len(tree)
+    assert [token_ids(each) for each in complete(policy, sampling)] == [token_ids(each) for each in candidates]
+
+
+def sampled_from(logprobs: Any, sampling: Sampling) -> dict[int, float]:
+    """Token -> probability after temperature, top-k and top-p, by their definitions."""
+    likeliest = logprobs.topk(sampling.top_k)
+    chances = (likeliest.values.double() / sampling.temperature).softmax(-1).tolist()
+    kept = next(i for i in range(1, sampling.top_k + 1) if sum(chances[:i]) >= sampling.top_p)
+    return {
+        int(token): chance / sum(chances[:kept])
+        for token, chance in zip(likeliest.indices[:kept], chances[:kept], strict=True)
+    }
+
+
+def assert_counts(counts: Counter[int], chances: dict[int, float], n: int) -> None:
+    assert set(counts) <= set(chances)
+    for token, chance in chances.items():
+        assert abs(counts[token] - n * chance) <= 5 * (n * chance * (1 - chance)) ** 0.5, (token, counts, chances)
 
 
 def test_greedy_candidates_are_copies(policy: VllmPolicy) -> None:

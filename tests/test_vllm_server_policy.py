@@ -206,9 +206,11 @@ def test_a_prompt_without_room_is_a_limit_and_is_not_sent(server: TokenServer, r
 
 def test_sampling_does_not_depend_on_the_models_generation_config(server: TokenServer) -> None:
     complete(server, Sampling(temperature=0.7, top_p=0.9))
-    request = server.requests[0]
+    complete(server, Sampling(temperature=0.7, top_k=20))
+    request, narrow = server.requests
     assert (request["temperature"], request["top_p"]) == (0.7, 0.9)
     assert (request["top_k"], request["min_p"], request["repetition_penalty"]) == (0, 0.0, 1.0)
+    assert narrow["top_k"] == 20
 
 
 def test_a_failure_that_passes_is_tried_again_and_calls_are_counted(server: TokenServer) -> None:
