@@ -142,6 +142,8 @@ def empty_micro_batch() -> MicroBatch:
         weights=np.zeros(1, np.float32),
         spans=np.zeros(1, np.int64),
         tokens=0,
+        rows=np.zeros(1, np.int64),
+        turns=np.zeros(1, np.int64),
     )
 
 

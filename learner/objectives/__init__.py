@@ -1,8 +1,18 @@
 """What a student is trained for: one file per method, each an `Objective`, found by name.
 
+| name | trains on | scores it needs | loss of a token |
+|---|---|---|---|
+| `sft` | a teacher's rows | none | cross entropy |
+| `cot` | chain-of-thought rows | none | cross entropy |
+| `span` | a teacher's rows | teacher, where there are | divergence from the teacher on thoughts, else cross entropy |
+| `opd` | the student's own rows | teacher, behaviour | reverse KL, from the sampled token or over k tokens |
+| `sod` | the student's own rows | teacher, behaviour | as `opd`, less where student and teacher have drifted apart |
+| `grpo` | the student's own rows | advantage, behaviour | clipped policy gradient |
+
 Example::
 
-    objective = make_objective("sft")
+    objective = make_objective("opd", max_ratio=2.0)
+    row = objective.fit(example)               # Example, or RefusedRow with the reason
     loss = objective.loss(logits, batch)       # loss.total is a sum; the trainer divides by the step's total weight
 """
 
@@ -11,16 +21,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from learner.examples import Example, RefusedRow
     from learner.packing import MicroBatch
     from learner.token_scores import ScoreKind
 
-OBJECTIVES = {"sft": "learner.objectives.sft:SftObjective"}
+OBJECTIVES = {
+    "sft": "learner.objectives.sft:SftObjective",
+    "cot": "learner.objectives.cot:CotObjective",
+    "span": "learner.objectives.span:SpanObjective",
+    "opd": "learner.objectives.opd:OpdObjective",
+    "sod": "learner.objectives.sod:SodObjective",
+    "grpo": "learner.objectives.grpo:GrpoObjective",
+}
 """Name -> where it is; imported when it is asked for."""
 
 
@@ -91,9 +110,13 @@ class Objective(Protocol):
 
     name: str
     needs: frozenset[ScoreKind]
-    """The scores it works on."""
+    """The scores it works on: what a run must give its examples."""
     falls_back: bool
-    """A row without them is trained by cross entropy; else it must be refused (`token_scores.missing_scores`)."""
+    """A row without them is trained by cross entropy; else `fit` refuses it."""
+
+    def fit(self, example: Example) -> Example | RefusedRow:
+        """The row as it is to be trained: the same, or with less weight on some tokens, or why it cannot be."""
+        ...
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
         """`logits`: [n, vocabulary] of the student at the trained positions. Raises ValueError where `batch` lacks what
@@ -110,7 +133,13 @@ def make_objective(name: str, **options: Any) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(f"objective is {name!r}; use one of {', '.join(map(repr, sorted(OBJECTIVES)))}")
     module, _, attribute = OBJECTIVES[name].partition(":")
-    return getattr(import_module(module), attribute)(**options)
+    made = getattr(import_module(module), attribute)
+    known = [option for option in signature(made).parameters if option not in ("args", "kwargs")]
+    for option in options:
+        if option not in known:
+            there_are = ", ".join(map(repr, known)) or "none"
+            raise ValueError(f"objective {name!r} has no option {option!r}; there are {there_are}")
+    return made(**options)
 
 
 def is_likeliest(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

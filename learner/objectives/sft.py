@@ -1,6 +1,7 @@
 """Supervised fine-tuning: token-weighted cross entropy on what the teacher produced (arXiv 2505.17612, equation 2).
 
-Not a sequence mean: every trained token counts by its weight, however long its row is.
+Not a sequence mean: every trained token counts by its weight, however long its row is. TRL's `SFTTrainer` has the same
+loss inside its trainer ("nll", divided by the step's number of trained tokens), without weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
 if TYPE_CHECKING:
     import torch
 
+    from learner.examples import Example, RefusedRow
     from learner.token_scores import ScoreKind
 
 
@@ -24,6 +26,9 @@ class SftObjective:
 
     def parameters(self) -> tuple[()]:
         return ()
+
+    def fit(self, example: Example) -> Example | RefusedRow:
+        return example
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
         from torch.nn.functional import cross_entropy
