@@ -48,6 +48,7 @@ class Refusal(StrEnum):
     TOO_LONG = "too_long"
     NO_WEIGHT = "no_weight"
     SCORES = "scores_do_not_fit"
+    OBJECTIVE = "not_for_this_objective"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,8 @@ class ExampleMaker:
         self.system_prompt = system_prompt
         self._scorer = scorer
         self._difficulty = difficulty
-        self._weights = {span: float((span_weights or {}).get(span.value, 1.0)) for span in TRAINED_SPANS}
+        self.weights = {span: float((span_weights or {}).get(span.value, 1.0)) for span in TRAINED_SPANS}
+        """Of a trained token, by its span type."""
 
     def make(self, trajectory: Trajectory) -> Example | RefusedRow:
         """The trajectory's row, or why there is none."""
@@ -143,7 +145,7 @@ class ExampleMaker:
         if problem:
             return RefusedRow(key, Refusal.MASK, problem)
         weights = tuple(
-            self._weights[span] if trained else 0.0 for span, trained in zip(row.span_types, row.trained, strict=True)
+            self.weights[span] if trained else 0.0 for span, trained in zip(row.span_types, row.trained, strict=True)
         )
         if not any(weights):
             return RefusedRow(key, Refusal.NO_WEIGHT, "every trained span has weight 0")

@@ -64,6 +64,10 @@ _DEFAULT_SPAN: dict[Role, SpanType] = {
 }
 
 
+_DECODED_TOGETHER = 32
+"""Tokens."""
+
+
 class Renderer:
     """Renders conversations for one tokenizer (a Hugging Face fast tokenizer with a chat template).
 
@@ -139,7 +143,7 @@ class Renderer:
             ids = message.token_ids
             if not typed:
                 return ids, (default,) * len(ids)
-            ends = self._decoded_ends(ids)
+            ends = decoded_ends(self.tokenizer, ids)
         else:
             if message.role != "assistant":  # what a policy produced is taken as it produced it
                 begin, end = _trimmed(message.content, trims)
@@ -160,12 +164,6 @@ class Renderer:
         if not self._special_ids.isdisjoint(ids):
             raise RenderingError(f"content spells a special token that the tokenizer cannot split: {text[:80]!r}")
         return ids, tuple(end for _, end in encoded["offset_mapping"])
-
-    def _decoded_ends(self, ids: Sequence[int]) -> list[int]:
-        """End offset of each sampled token in the decoded text (the text grows by decoding, so multi-byte tokens are
-        right)."""
-        decode = self.tokenizer.decode
-        return [len(decode(list(ids[: i + 1]), skip_special_tokens=True)) for i in range(len(ids))]
 
     def _literal(self, text: str) -> tuple[int, ...]:
         if text not in self._literal_ids:
@@ -245,6 +243,28 @@ class Renderer:
         )
 
 
+def decoded_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """End of each token, in characters of the decoded text (special tokens have theirs).
+
+    The text grows by decoding, so a character of several tokens ends where it is whole; until then it is one character
+    of replacement.
+    """
+
+    def text(start: int, end: int) -> str:
+        return tokenizer.decode(list(ids[start:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    ends: list[int] = []
+    start = behind = 0  # what is decoded again for each token is kept short, or long turns would take seconds
+    for i in range(1, len(ids) + 1):
+        piece = text(start, i)
+        ends.append(behind + len(piece))
+        if i - start >= _DECODED_TOGETHER and not piece.endswith("\ufffd"):
+            start, behind = i, ends[-1]
+    if ends and ends[-1] != len(text(0, len(ids))):  # a decoder that looks further back
+        return [len(text(0, i)) for i in range(1, len(ids) + 1)]
+    return ends
+
+
 def _trimmed(text: str, trims: tuple[bool, bool]) -> tuple[int, int]:
     """[begin, end) of a content in the template's text."""
     begin = len(text) - len(text.lstrip()) if trims[0] else 0
@@ -253,7 +273,9 @@ def _trimmed(text: str, trims: tuple[bool, bool]) -> tuple[int, int]:
 
 def _anchor(text: str, start: int, end: int) -> int:
     """Where a token counts: at its first character that is no white space, if it has one (")\\n" is code, " look"
-    thought)."""
+    thought); a token that ends no character of its own, at the one that it is part of."""
+    if end <= start:
+        return max(0, end - 1)
     piece = text[start:end]
     return start + len(piece) - len(piece.lstrip()) if piece.strip() else start
 
