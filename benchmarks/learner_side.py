@@ -1,0 +1,85 @@
+"""One run of one side of the learner benchmarks, in a process of its own on one core: `run_side`.
+
+A process each, because accelerate and DeepSpeed leave marks on the process that they ran in. The child keeps to one
+core and one thread; its dataloader workers, if any, share that core.
+
+Example::
+
+    measured = run_side("trl", workload_file, {"batching": "padded", "micro_batch_rows": 4})
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: imports come from the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.learner_world import Measured, Workload
+
+SIDES = {
+    "ours": ("benchmarks.learner_ours", "OurSettings"),
+    "trl": ("benchmarks.learner_trl", "TrlSettings"),
+    "bare": ("benchmarks.learner_bare_loop", "BareSettings"),
+}
+TIMEOUT_S = 1800.0
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+_MARK = "measured "
+
+
+def save(workload: Workload, file: Path) -> None:
+    file.write_bytes(pickle.dumps(workload))
+
+
+def run_side(side: str, workload: Path, settings: Mapping[str, Any]) -> Measured:
+    """Raises `RuntimeError` with the end of what the process said when it fails."""
+    command = [sys.executable, __file__, side, str(workload), json.dumps(dict(settings))]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if done.returncode or not found:
+        raise RuntimeError(f"{side} with {dict(settings)} failed ({done.returncode}):\n{done.stdout[-3000:]}")
+    return Measured(**json.loads(found[-1].removeprefix(_MARK)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("side", choices=sorted(SIDES))
+    parser.add_argument("workload", type=Path)
+    parser.add_argument("settings", type=json.loads)
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    import torch
+
+    torch.set_num_threads(1)
+    module, settings = SIDES[options.side]
+    side = importlib.import_module(module)
+    workload = pickle.loads(options.workload.read_bytes())
+    with tempfile.TemporaryDirectory(prefix="learner-benchmark-") as folder:
+        measured = side.run(workload, getattr(side, settings)(**options.settings), Path(folder))
+    print(_MARK + json.dumps(dataclasses.asdict(measured)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
