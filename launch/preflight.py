@@ -19,12 +19,17 @@ def check(config: DistillConfig) -> None:
     """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not
     answer."""
     from launch.run_folder import RunFolder
-    from learner.objectives import OBJECTIVES
+    from learner.objectives import OBJECTIVES, make_objective
 
     objective = config.learner.objective
     if objective not in OBJECTIVES:
         known = ", ".join(sorted(OBJECTIVES))
         raise ConfigError(f"config learner.objective: {objective!r} is unknown; there are {known}")
+    if config.learner.objective_options:
+        try:
+            make_objective(objective, **config.learner.objective_options)
+        except ValueError as error:
+            raise ConfigError(f"config learner.objective_options: {error}") from None
     _check_model("learner.model_path", config.learner.model_path)
     _check_lasting("run_dir", config.run_dir)
     _check_job(config, RunFolder(config.run_dir).index)

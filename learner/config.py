@@ -100,6 +100,8 @@ class LearnerConfig:
     # -- what is learned
     objective: str = "sft"
     """Name of a file in `learner/objectives`."""
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
+    """Option of that objective -> value, such as {"weights": "learned"} for "span"; its class says which there are."""
     span_weights: Mapping[str, float] = field(default_factory=dict)
     """Span type ("thought", "code", "answer", "format") -> weight of its tokens in the loss; 1 where absent."""
     system_prompt: str | None = None
