@@ -3,7 +3,8 @@
 That is how the paper's code collects (arXiv 2505.17612): smolagents' own agent, its own Python interpreter in this
 process, HTTP to a server of the same student with the same engine arguments. It is given the student's short system
 prompt, code fences and wording of observations, so that the student really solves the tasks, and our `web_search` on
-the same retriever. Greedy on both sides, the same limits of steps and tokens; prefixes are forgotten before each run.
+the same retriever. Greedy on both sides, the same limits of steps and tokens, no log-probabilities; prefixes are
+forgotten before each run.
 
 Unlike ours, the peer confines nothing, records no token ids, and writes no ledger. Both rates are of whole runs, ramps
 included.
@@ -192,7 +193,7 @@ class Ours:
         self._spec = replace(spec, engine="in_process", data_parallel_size=ENGINES)
         self._slots = slots // ENGINES
         self._envs = LocalEnvs(stage.config.env, stage.search, count=self._slots, timeout_s=_CALL_S)
-        self._settings = stage.settings(temperature=0.0)
+        self._settings = replace(stage.settings(temperature=0.0), logprobs=False)  # the peer asks for none either
         self._actors = start_rollout_actors(self._spec, count=1)
 
     def solve(self, tasks: Sequence[Task]) -> tuple[float, float]:
