@@ -51,10 +51,18 @@ class Progress:
     """Weighted mean over the step's trained tokens, all ranks."""
     loss_by_span: Mapping[str, float] = field(default_factory=dict)
     """Unweighted mean per span type."""
+    accuracy: float = 0.0
+    """Share of the trained tokens that the student finds likeliest, given what is before them."""
+    accuracy_by_span: Mapping[str, float] = field(default_factory=dict)
+    objective_metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the objective tells of itself, as means over the trained tokens."""
     validation_loss: float | None = None
-    """At the end of the last pass; None where nothing is held out."""
+    """When it was last measured; None where nothing is held out."""
+    validation_accuracy: float | None = None
     grad_norm: float = 0.0
     """Before clipping."""
+    skipped_steps: int = 0
+    """Whose gradient was not finite; those before a resume included."""
     lr: float = 0.0
     tokens: int = 0
     """All tokens of the rows trained on so far, padding not counted: what `max_tokens` counts."""
@@ -71,17 +79,37 @@ class Progress:
     """Reason -> trajectories that are not trained on."""
     tokens_per_s: float = 0.0
     """Over the time spent in steps, in this process."""
+    step_s: float = 0.0
+    """The last optimizer step took so long."""
+    mfu: float | None = None
+    """Share of the device's peak, over the time spent in steps, in this process; see `learner.tracking.flops`. None
+    where the peak or the model's arithmetic is unknown."""
+    peak_memory_mb: float = 0.0
+    """Of the rank that needs most so far: GPU memory, or on a CPU resident memory, in MiB."""
     train_s: float = 0.0
     """Spent in optimizer steps, in this process."""
     wait_s: float = 0.0
     """Spent waiting for trajectories, in this process."""
+    stall_share: float = 0.0
+    """Of the time since this process's first optimizer step, how much was spent waiting for trajectories: in [0, 1]."""
     first_step_unix_s: float | None = None
     """When the first optimizer step of this process ended."""
     trajectories_at_first_step: int = 0
     """How many had arrived by then: below the total when training overlapped with rollouts."""
     resumed_from_step: int = 0
+    restarts: int = 0
+    """How many times dead ranks were started again."""
     snapshots: Mapping[str, str] = field(default_factory=dict)
     """Fraction ("0.5") -> folder of the student exported there."""
     student_dir: str | None = None
     """The final export, once the run has ended."""
+    best_step: int | None = None
+    """Of the best student so far, which is in `best_dir`."""
+    best_value: float | None = None
+    """Its validation loss or its score, as `best_by` says."""
+    best_dir: str | None = None
+    candidates: Mapping[str, str] = field(default_factory=dict)
+    """Step -> folder of a student that waits for its score (`best_by` "rollout_score")."""
+    stopped_early: bool = False
+    """No better student came within `patience`."""
     done: bool = False

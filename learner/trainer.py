@@ -1,7 +1,7 @@
 """`Learner`: one rank of a training run that learns from trajectories while they are still being rolled out.
 
-Rank 0 reads the source, decides what happens next and tells every rank its part (`_Order`), so that all ranks run the
-same collectives and end together. The first optimizer step is taken as soon as one step's tokens have arrived.
+Rank 0 reads the source, decides what happens next and tells every rank its part (`rank_work.Order`), so that all ranks
+run the same collectives and end together. The first optimizer step is taken as soon as one step's tokens have arrived.
 
     source -> Intake (thread: Example | RefusedRow) -> Curriculum -> plan_step -> scatter -> forward, backward, step
 
@@ -14,36 +14,30 @@ Example::
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from learner.arrival_log import ArrivalLog
 from learner.base import LearnerError, Progress, TrajectorySource
 from learner.config import LearnerConfig
 from learner.curriculum import Curriculum, held_out
-from learner.examples import TRAINED_SPANS, Example, ExampleMaker, RefusedRow
-from learner.intake import END, Intake
-from learner.packing import MicroBatch, StepPlan, plan_step
+from learner.examples import Example, ExampleMaker, RefusedRow
+from learner.gradient_guard import GradientGuard
+from learner.intake import END, Arrival, Intake
+from learner.model_selection import BestStudent, copy_folder
+from learner.packing import StepPlan, plan_step
+from learner.rank_work import Done, Order, RankWork
+from learner.schedules import lr_factor
+from learner.speed_meter import SpeedMeter
+from learner.tracking import Tracker, check_installed
 
 if TYPE_CHECKING:
     from learner.deepspeed_backend import DeepSpeedBackend
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Order:
-    """What one rank does next."""
-
-    kind: Literal["step", "validate", "checkpoint", "export", "wait", "end"]
-    batches: tuple[MicroBatch, ...] = ()
-    total_weight: float = 1.0
-    lr_factor: float = 0.0
-    step: int = 0
-    folder: str = ""
-    state: dict[str, Any] = field(default_factory=dict)
 
 
 class Learner:
@@ -66,23 +60,32 @@ class Learner:
 
         if rank == 0 and source is None:
             raise LearnerError("rank 0 has no source of trajectories; pass one")
+        check_installed(config.tracking)
         self.config = config
         self.rank = rank
         self.world_size = world_size
         self._source = source
         self._on_progress = on_progress
-        self._objective = make_objective(config.objective)
+        self._objective = make_objective(config.objective, **config.objective_options)
         self._progress = Progress()
         self._stop = threading.Event()
+        self._scores: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
         self._refused: Counter[str] = Counter()
+        self._first_refused: dict[str, str] = {}
         self._validation: list[Example] = []
+        self._rows: list[Example] = []
+        """Of the present step."""
         self._curriculum = Curriculum(
             tokens_per_step=config.tokens_per_step,
             rows_per_step=config.rows_per_step,
             seed=config.seed,
             epochs=config.epochs,
         )
-        self._checkpoints = Path(config.output_dir) / "checkpoints"
+        self._folder = Path(config.output_dir)
+        self._best = BestStudent(config, folder=self._folder)
+        self._guard = GradientGuard(limit=config.max_skipped_steps)
+        self._meter = SpeedMeter()
+        self._tracker = Tracker([])
 
     def progress(self) -> Progress:
         """The run as it is now; may be called from any thread."""
@@ -92,27 +95,37 @@ class Learner:
         """End after the present step, with a checkpoint and an export. From any thread; only rank 0's counts."""
         self._stop.set()
 
+    def report_score(self, step: int, score: float) -> None:
+        """The score, larger is better, of the student in `progress().candidates[step]`. From any thread; only rank 0's
+        counts."""
+        self._scores.put((step, score))
+
     def run(self) -> Progress:
         """Train until the passes or the tokens are done. Raises `LearnerError`, `ConfigError`."""
         from learner.deepspeed_backend import DeepSpeedBackend
 
         backend = DeepSpeedBackend(self.config, rank=self.rank, world_size=self.world_size)
+        work = RankWork(self.config, backend, self._objective, rank=self.rank, world_size=self.world_size)
         try:
-            state = backend.load_checkpoint(self._checkpoints) if self.config.resume else None
+            state = backend.load_checkpoint(work.checkpoints) if self.config.resume else None
             if self.rank == 0:
-                self._lead(backend, state)
+                self._lead(work, state)
             else:
-                while self._do(backend, backend.scatter(None)).kind != "end":
-                    pass
+                kind = ""
+                while kind != "end":
+                    order = backend.scatter(None)
+                    work.do(order)
+                    kind = order.kind
         finally:
             backend.close()
         return self._progress
 
     # -- rank 0: decide
 
-    def _lead(self, backend: DeepSpeedBackend, state: dict[str, Any] | None) -> None:
+    def _lead(self, work: RankWork, state: dict[str, Any] | None) -> None:
         from transformers import AutoTokenizer
 
+        backend = work.backend
         if state is not None:
             self._restore(state)
         maker = ExampleMaker(
@@ -121,23 +134,36 @@ class Learner:
             system_prompt=self.config.system_prompt,
             span_weights=self.config.span_weights,
         )
+        self._meter = SpeedMeter.of(backend, self.config, ranks=self.world_size)
         assert self._source is not None
-        with Intake(self._source, maker) as intake:
+        log: ArrivalLog[Arrival] = ArrivalLog(self._folder / "arrivals.jsonl", resume=self.config.resume)
+        self._tracker = Tracker.start(
+            self.config.tracking,
+            folder=self._folder,
+            after_step=self._progress.step,
+            settings=dataclasses.asdict(self.config),
+            fresh=not self.config.resume,
+        )
+        with self._tracker, Intake(self._source, maker, log=log) as intake:
             for orders in self._orders(backend, intake, finished=bool(state and state["done"])):
-                self._do(backend, backend.scatter(orders))
+                self._done(orders[0], work.do(backend.scatter(orders)))
+            self._tracker.step(self._progress, last=True)
 
-    def _orders(self, backend: DeepSpeedBackend, intake: Intake, *, finished: bool) -> Iterator[list[_Order]]:
+    def _orders(self, backend: DeepSpeedBackend, intake: Intake, *, finished: bool) -> Iterator[list[Order]]:
         """Every rank's next order; what happened in the meantime is in `self`."""
+        was_finished = finished
         waiting_since = last_order = time.monotonic()
         while not finished and not self._stop.is_set():
             self._drain(intake)
+            self._take_scores()
             epoch = self._curriculum.epoch
             rows = self._curriculum.take()
             if rows:
                 yield self._step_orders(backend, rows)
                 yield from self._after_step(epoch_over=self._curriculum.epoch > epoch, backend=backend)
                 waiting_since = last_order = time.monotonic()
-                finished = self._budget_spent()
+                self._update(stopped_early=self._best.exhausted)
+                finished = self._budget_spent() or self._best.exhausted
             elif self._curriculum.done:
                 finished = True
             else:
@@ -147,24 +173,25 @@ class Learner:
                         f"no full step of trajectories came within data_timeout_s {self.config.data_timeout_s} s "
                         f"({self._progress.trajectories} arrived so far)"
                     )
-                if self.world_size > 1 and now - last_order > self.config.collective_timeout_s / 4:
+                if self._others_wait(last_order):
                     last_order = now
-                    yield self._all(_Order(kind="wait"))
+                    yield self._all(Order(kind="wait"))
                 self._wait(intake)
         if self._progress.step == 0:
             raise LearnerError(
                 f"nothing to train on: {self._progress.trajectories} trajectories arrived, "
-                f"refused {dict(self._refused)}, held out {len(self._validation)}"
+                f"refused {dict(self._refused)}, held out {len(self._validation)}{self._why_refused()}"
             )
+        if finished and not was_finished:
+            yield from self._last_measurements(backend)
         self._update(fraction=1.0 if finished else self._progress.fraction, done=finished)
         yield self._checkpoint_orders()
-        folder = str(Path(self.config.output_dir) / "student")
-        yield self._all(_Order(kind="export", folder=folder))
-        self._update(student_dir=folder)
-        yield self._all(_Order(kind="end"))
+        yield from self._export_student()
+        yield self._all(Order(kind="end"))
 
-    def _step_orders(self, backend: DeepSpeedBackend, rows: list[Example]) -> list[_Order]:
+    def _step_orders(self, backend: DeepSpeedBackend, rows: list[Example]) -> list[Order]:
         plan = self._plan(backend, rows)
+        self._rows = rows
         at = self._progress
         factor = lr_factor(at.step, at.fraction, self.config)
         self._update(
@@ -173,29 +200,80 @@ class Learner:
             trained_tokens=at.trained_tokens + plan.trained_tokens,
             rows=at.rows + plan.rows,
         )
+        self._meter.planned(plan, [len(row) for row in rows])
         return [
-            _Order(kind="step", batches=batches, total_weight=plan.total_weight, lr_factor=factor, step=at.step)
+            Order(
+                kind="step",
+                batches=batches,
+                total_weight=plan.total_weight,
+                lr_factor=factor,
+                step=at.step,
+                rows=plan.rows,
+            )
             for batches in plan.ranks
         ]
 
-    def _after_step(self, *, epoch_over: bool, backend: DeepSpeedBackend) -> Iterator[list[_Order]]:
-        """What follows a step: validation at the end of a pass, snapshots, checkpoints."""
+    def _after_step(self, *, epoch_over: bool, backend: DeepSpeedBackend) -> Iterator[list[Order]]:
+        """What follows a step: validation, the best student, snapshots, checkpoints."""
         fraction = self._fraction()
+        step = self._progress.step
         self._update(fraction=fraction, epoch=self._curriculum.epoch)
+        if epoch_over or _is_due(step, self.config.validate_every_steps):
+            yield from self._validate(backend)
+        self._tracker.step(self._progress)
         if self._on_progress is not None:
             self._on_progress(self._progress)
-        if epoch_over and self._validation:
-            plan = self._plan(backend, self._validation)
-            yield [_Order(kind="validate", batches=batches, total_weight=plan.total_weight) for batches in plan.ranks]
+        if _is_due(step, self.config.score_every_steps):
+            yield from self._hand_out()
         for at in sorted(self.config.snapshot_at):
             name = f"{at:g}"
             if fraction >= at and name not in self._progress.snapshots:
-                folder = str(Path(self.config.output_dir) / "snapshots" / name)
-                yield self._all(_Order(kind="export", folder=folder))
-                self._update(snapshots={**self._progress.snapshots, name: folder})
-        every = self.config.checkpoint_every_steps
-        if every and self._progress.step % every == 0:
+                folder = self._folder / "snapshots" / name
+                yield self._export_orders(folder)
+                self._update(snapshots={**self._progress.snapshots, name: str(folder)})
+        if _is_due(step, self.config.checkpoint_every_steps):
             yield self._checkpoint_orders()
+
+    def _validate(self, backend: DeepSpeedBackend) -> Iterator[list[Order]]:
+        """Measure what is held out; keep the student when it is the best by that."""
+        if not self._validation or self._validated_at == self._progress.step:
+            return
+        plan = self._plan(backend, self._validation)
+        yield [Order(kind="validate", batches=batches, total_weight=plan.total_weight) for batches in plan.ranks]
+        self._validated_at = self._progress.step
+        loss = self._progress.validation_loss
+        assert loss is not None
+        if self._best.by_loss and self._best.measured(self._progress.step, loss, rows=plan.rows):
+            yield self._export_orders(self._best.folder)
+            self._show_best()
+
+    def _hand_out(self) -> Iterator[list[Order]]:
+        folder = self._best.hand_out(self._progress.step)
+        if folder is not None:
+            yield self._export_orders(folder)
+            self._show_best()
+
+    def _last_measurements(self, backend: DeepSpeedBackend) -> Iterator[list[Order]]:
+        """At the end of the run: the last student is measured too, and scores that are under way are waited for."""
+        yield from self._validate(backend)
+        if not self._best.by_score:
+            return
+        yield from self._hand_out()
+        deadline = time.monotonic() + self.config.score_timeout_s
+        last_order = time.monotonic()
+        while self._best.pending and time.monotonic() < deadline and not self._stop.is_set():
+            if self._others_wait(last_order):
+                last_order = time.monotonic()
+                yield self._all(Order(kind="wait"))
+            self._take_scores(timeout_s=0.5)
+
+    def _export_student(self) -> Iterator[list[Order]]:
+        folder = self._folder / "student"
+        if self.config.final_student == "best" and self._best.step is not None and self._best.folder.is_dir():
+            copy_folder(self._best.folder, folder)
+        else:
+            yield self._export_orders(folder)
+        self._update(student_dir=str(folder))
 
     def _plan(self, backend: DeepSpeedBackend, rows: list[Example]) -> StepPlan:
         return plan_step(
@@ -206,11 +284,18 @@ class Learner:
             batching="packed" if backend.batching == "packed" else "bucketed",
         )
 
-    def _checkpoint_orders(self) -> list[_Order]:
-        return self._all(_Order(kind="checkpoint", step=self._progress.step, state=self._state()))
+    def _checkpoint_orders(self) -> list[Order]:
+        return self._all(Order(kind="checkpoint", step=self._progress.step, state=self._state()))
 
-    def _all(self, order: _Order) -> list[_Order]:
+    def _export_orders(self, folder: Path) -> list[Order]:
+        return self._all(Order(kind="export", folder=str(folder), facts=self._facts()))
+
+    def _all(self, order: Order) -> list[Order]:
         return [order] * self.world_size
+
+    def _others_wait(self, last_order: float) -> bool:
+        """Whether other ranks must hear something, lest they give rank 0 up."""
+        return self.world_size > 1 and time.monotonic() - last_order > self.config.collective_timeout_s / 4
 
     def _fraction(self) -> float:
         if self.config.max_tokens is not None:
@@ -225,7 +310,9 @@ class Learner:
     def _wait(self, intake: Intake) -> None:
         begun = time.monotonic()
         self._take_in(intake, timeout_s=0.5)
-        self._update(wait_s=self._progress.wait_s + time.monotonic() - begun)
+        waited = time.monotonic() - begun
+        self._meter.waited(waited, learning=self._progress.first_step_unix_s is not None)
+        self._update(wait_s=self._progress.wait_s + waited, stall_share=self._meter.stall_share)
 
     def _drain(self, intake: Intake) -> None:
         """What is there, up to `ahead_rows`: the rest stays in the queue, whose producers then wait for us."""
@@ -247,12 +334,17 @@ class Learner:
                 raise LearnerError(str(error)) from error
             return True
         arrived = self._progress.trajectories + 1
+        if isinstance(arrival, Example):
+            arrival = self._objective.fit(arrival)  # it may lack what the objective needs
         if isinstance(arrival, RefusedRow):
-            self._refused[arrival.reason.value] += 1
-        elif held_out(arrival.task_id, self.config.validation_share):
-            self._validation.append(arrival)
-        elif not self._curriculum.add(arrival, arrived):
-            self._refused["duplicate"] += 1
+            reason = arrival.reason.value
+            self._refused[reason] += 1
+            self._first_refused.setdefault(reason, f"{arrival.key}: {arrival.detail}")
+        else:
+            if held_out(arrival.task_id, self.config.validation_share):
+                self._validation.append(arrival)
+            elif not self._curriculum.add(arrival, arrived):
+                self._refused["duplicate"] += 1
         self._update(
             trajectories=arrived,
             examples=len(self._curriculum.examples),
@@ -261,76 +353,64 @@ class Learner:
         )
         return True
 
-    # -- every rank: do
+    def _why_refused(self) -> str:
+        told = "; ".join(f"{reason}: {detail}" for reason, detail in self._first_refused.items() if detail)
+        return f" (the first of each: {told})" if told else ""
 
-    def _do(self, backend: DeepSpeedBackend, order: _Order) -> _Order:
+    def _take_scores(self, timeout_s: float = 0.0) -> None:
+        """What rollouts said of students that were handed out; waits for the first one only."""
+        taken = False
+        while True:
+            try:
+                step, score = self._scores.get(timeout=timeout_s) if timeout_s else self._scores.get_nowait()
+            except queue.Empty:
+                break
+            self._best.scored(step, score)
+            taken, timeout_s = True, 0.0
+        if taken:
+            self._show_best()
+
+    # -- rank 0: what was done
+
+    def _done(self, order: Order, done: Done) -> None:
         if order.kind == "step":
-            self._train_step(backend, order)
-        elif order.kind == "validate":
-            self._validate(backend, order)
-        elif order.kind == "checkpoint":
-            backend.save_checkpoint(self._checkpoints, order.step, order.state)
-        elif order.kind == "export":
-            self._export(backend, Path(order.folder))
-        return order
+            self._stepped(order, done)
+        elif order.kind == "validate" and done.totals is not None:
+            self._update(
+                validation_loss=done.totals.total / order.total_weight, validation_accuracy=done.totals.accuracy
+            )
 
-    def _train_step(self, backend: DeepSpeedBackend, order: _Order) -> None:
-        begun = time.monotonic()
-        backend.seed(self.config.seed + order.step)
-        sums = _Sums()
-        for i, batch in enumerate(order.batches):
-            loss = self._loss(backend, batch, sums)
-            backend.backward(loss / order.total_weight, last=i + 1 == len(order.batches))
-        norm = backend.step(order.lr_factor)
-        sums = _Sums.from_list(backend.sum_over_ranks(sums.to_list()))
-        if self.rank != 0:
-            return
-        ended, train_s = time.time(), self._progress.train_s + time.monotonic() - begun
-        tokens_here = self._progress.tokens - self._tokens_before
+    def _stepped(self, order: Order, done: Done) -> None:
+        totals, outcome = done.totals, done.outcome
+        assert totals is not None and outcome is not None
+        self._meter.stepped(done.seconds)
         first = self._progress.first_step_unix_s is None
+        at = self._progress
         self._update(
             step=order.step + 1,
-            loss=sums.total / order.total_weight,
-            loss_by_span=sums.means(),
-            grad_norm=norm,
-            train_s=train_s,
-            tokens_per_s=tokens_here / train_s,
-            first_step_unix_s=ended if first else self._progress.first_step_unix_s,
-            trajectories_at_first_step=(
-                self._progress.trajectories if first else self._progress.trajectories_at_first_step
-            ),
+            loss=totals.total / order.total_weight,
+            loss_by_span=totals.loss_by_span,
+            accuracy=totals.accuracy,
+            accuracy_by_span=totals.accuracy_by_span,
+            objective_metrics=totals.metrics,
+            grad_norm=outcome.grad_norm,
+            peak_memory_mb=totals.peak_memory_mb,
+            train_s=self._meter.train_s,
+            step_s=done.seconds,
+            tokens_per_s=self._meter.tokens_per_s,
+            mfu=self._meter.mfu,
+            stall_share=self._meter.stall_share,
+            first_step_unix_s=time.time() if first else at.first_step_unix_s,
+            trajectories_at_first_step=at.trajectories if first else at.trajectories_at_first_step,
         )
-
-    def _validate(self, backend: DeepSpeedBackend, order: _Order) -> None:
-        sums = _Sums()
-        with backend.evaluation():
-            for batch in order.batches:
-                self._loss(backend, batch, sums)
-        sums = _Sums.from_list(backend.sum_over_ranks(sums.to_list()))
-        self._update(validation_loss=sums.total / order.total_weight)
-
-    def _loss(self, backend: DeepSpeedBackend, batch: MicroBatch, sums: _Sums) -> Any:
-        from learner.objectives import TensorBatch
-
-        tensors = TensorBatch(
-            targets=backend.to_device(batch.targets),
-            weights=backend.to_device(batch.weights),
-            spans=backend.to_device(batch.spans),
-        )
-        result = self._objective.loss(backend.forward(batch), tensors)
-        sums.add(float(result.total.detach()), result.per_token, batch)
-        return result.total
-
-    def _export(self, backend: DeepSpeedBackend, folder: Path) -> None:
-        weights = backend.full_weights()
-        if weights is not None:
-            from learner.publish import export_student
-
-            export_student(folder, weights=weights, config=self.config, facts=self._facts())
+        if outcome.skipped:
+            keys = [row.key for row in self._rows]
+            self._guard.skipped(order.step, rows=keys, suspects=[keys[i] for i in done.suspects])
+            self._update(skipped_steps=self._guard.count)
 
     def _facts(self) -> dict[str, Any]:
         at = self._progress
-        return {
+        facts = {
             "optimizer steps": at.step,
             "tokens": at.tokens,
             "trained tokens": at.trained_tokens,
@@ -339,21 +419,32 @@ class Learner:
             "trajectories trained on": at.examples,
             "trajectories refused": sum(at.refused.values()),
             "last loss": at.loss,
+            "token accuracy": at.accuracy,
             "validation loss": "none held out" if at.validation_loss is None else at.validation_loss,
             "tokens per second": round(at.tokens_per_s),
             "ranks": self.world_size,
         }
+        if at.skipped_steps:
+            facts["steps skipped for a gradient that is not finite"] = at.skipped_steps
+        return facts
 
     # -- state
 
-    _tokens_before = 0
-    """Tokens trained on before this process."""
+    _validated_at = 0
+    """Step of the last validation."""
 
     def _state(self) -> dict[str, Any]:
         at = self._progress
         kept = ("step", "tokens", "trained_tokens", "rows", "fraction", "loss", "validation_loss", "snapshots")
         progress = {name: getattr(at, name) for name in kept}
-        return {"curriculum": self._curriculum.state(), "progress": progress, "done": at.done}
+        return {
+            "curriculum": self._curriculum.state(),
+            "progress": progress,
+            "best": self._best.state(),
+            "guard": self._guard.state(),
+            "validated_at": self._validated_at,
+            "done": at.done,
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -361,47 +452,29 @@ class Learner:
         except ValueError as error:
             raise LearnerError(str(error)) from error
         kept = state["progress"]
-        self._tokens_before = kept["tokens"]
-        self._update(**kept, epoch=self._curriculum.epoch, resumed_from_step=kept["step"])
+        self._best.restore(state["best"])
+        self._guard.restore(state["guard"])
+        self._validated_at = state["validated_at"]
+        self._update(
+            **kept,
+            epoch=self._curriculum.epoch,
+            resumed_from_step=kept["step"],
+            skipped_steps=self._guard.count,
+        )
+        self._show_best()
+
+    def _show_best(self) -> None:
+        best = self._best
+        self._update(
+            best_step=best.step,
+            best_value=best.value,
+            best_dir=None if best.step is None else str(best.folder),
+            candidates={str(step): str(folder) for step, folder in sorted(best.pending.items())},
+        )
 
     def _update(self, **changes: Any) -> None:
         self._progress = dataclasses.replace(self._progress, **changes)
 
 
-def lr_factor(step: int, fraction: float, config: LearnerConfig) -> float:
-    """Share of the peak learning rate: linear warm-up by steps, then a linear fall by the run's fraction to the
-    floor."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return warm * (1.0 - (1.0 - config.final_lr_fraction) * fraction)
-
-
-@dataclass(slots=True)
-class _Sums:
-    """A step's metrics, as sums that ranks can add up."""
-
-    total: float = 0.0
-    by_span: list[float] = field(default_factory=lambda: [0.0] * len(TRAINED_SPANS))
-    counts: list[float] = field(default_factory=lambda: [0.0] * len(TRAINED_SPANS))
-
-    def add(self, total: float, per_token: Any, batch: MicroBatch) -> None:
-        import numpy as np
-
-        self.total += total
-        counted = batch.weights > 0
-        values = per_token.float().cpu().numpy()[counted]
-        spans = batch.spans[counted]
-        n = len(TRAINED_SPANS)
-        self.by_span = [a + b for a, b in zip(self.by_span, np.bincount(spans, values, n).tolist(), strict=True)]
-        self.counts = [a + b for a, b in zip(self.counts, np.bincount(spans, minlength=n).tolist(), strict=True)]
-
-    def means(self) -> dict[str, float]:
-        pairs = zip(TRAINED_SPANS, self.by_span, self.counts, strict=True)
-        return {span.value: total / count for span, total, count in pairs if count}
-
-    def to_list(self) -> list[float]:
-        return [self.total, *self.by_span, *self.counts]
-
-    @classmethod
-    def from_list(cls, values: list[float]) -> _Sums:
-        n = len(TRAINED_SPANS)
-        return cls(total=values[0], by_span=values[1 : n + 1], counts=values[n + 1 :])
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -284,7 +284,7 @@ def test_a_checkpoint_cut_off_while_written_is_passed_over(base: Path, tmp_path:
     [
         ({"precision": "bf16"}, "use precision 'autocast', or zero_stage 1, 2 or 3"),
         ({"zero_stage": 2}, "set gradient_clipping to 0"),
-        ({"objective": "magic"}, "use one of 'sft'"),
+        ({"objective": "magic"}, "objective is 'magic'; use one of"),
     ],
 )
 def test_what_deepspeed_would_get_wrong_is_refused(base: Path, tmp_path: Path, changes: Any, said: str) -> None:
