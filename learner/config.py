@@ -89,6 +89,45 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurriculumConfig:
+    """In which order each pass takes its rows: from simple to complex, as arXiv 2505.13820 does, or at random."""
+
+    order: Literal["none", "ascending", "paced"] = "none"
+    """"none": the stream as it comes, then shuffled passes; "ascending": the easiest first; "paced": drawn at random
+    from the easiest so far, more and more of them (see `learner.row_order`). Every pass still has each row once."""
+    by: Literal["steps", "length", "teacher_success", "student_success"] = "steps"
+    """What makes a row hard: its turns, its tokens, or how rarely its task was solved (see `learner.difficulty`)."""
+    rates: str = ""
+    """For the last two: a ledger, such as that of an evaluation, or a JSON file of task id -> success rate. Empty: what
+    the stream itself says of the teacher, from the second pass on."""
+    window_rows: int = 0
+    """First pass: rows that are waited for and then taken in order, again and again; 0: as they come."""
+    ordered_passes: int | None = None
+    """So many passes are ordered, the stream's included, and shuffled ones follow; None: all."""
+    start_share: float = 0.3
+    """"paced": the share of rows, the easiest, that a pass begins with."""
+
+    def __post_init__(self) -> None:
+        _one_of("curriculum.order", self.order, ("none", "ascending", "paced"))
+        _one_of("curriculum.by", self.by, ("steps", "length", "teacher_success", "student_success"))
+        _at_least("curriculum.window_rows", self.window_rows, 0)
+        _check(0 < self.start_share <= 1, f"curriculum.start_share is {self.start_share}; it must be in (0, 1]")
+        if self.ordered_passes is not None:
+            _at_least("curriculum.ordered_passes", self.ordered_passes, 1)
+        if self.order == "none":
+            return
+        _check(
+            bool(self.rates) or self.by != "student_success",
+            "curriculum.by is 'student_success' without curriculum.rates; name the ledger of a student's evaluation",
+        )
+        _check(
+            bool(self.rates) or self.by != "teacher_success" or not self.window_rows,
+            f"curriculum.window_rows is {self.window_rows} but the stream's own success rates are known only after the "
+            "first pass; name a ledger in curriculum.rates, or set window_rows to 0",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     """One learner run. Raises `ConfigError`."""
 
@@ -121,6 +160,8 @@ class LearnerConfig:
     """Which one `student/` holds at the end."""
     patience: int = 0
     """End the run after so many measurements in a row without a better one; 0 never does."""
+
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     # -- for how long: exactly one of `epochs` and `max_tokens`
     epochs: int | None = None

@@ -4,6 +4,10 @@
 `state()` is what a checkpoint must remember for a resumed run to train on exactly what was left. The first pass takes
 examples as they arrive; pass e > 0 takes all of them in an order that depends on (seed, e) and their keys alone.
 
+With an `ordering` rows come by difficulty (arXiv 2505.13820 trains from simple to complex): in the first pass those of
+each window of arrivals, in later passes all of them. Windows are counted over all that arrives, what a resumed run has
+trained on already included, so they are the same after a resume.
+
 Example::
 
     curriculum = Curriculum(tokens_per_step=4096, seed=0)
@@ -14,14 +18,50 @@ Example::
 from __future__ import annotations
 
 import hashlib
-import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.config import CurriculumConfig
+from learner.difficulty import Difficulty, make_difficulty
 from learner.examples import Example
 from learner.packing import fill_step
+from learner.row_order import Ascending, Paced, RowOrder, Shuffled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ordering:
+    """By difficulty instead of by chance."""
+
+    order: RowOrder
+    difficulty: Difficulty
+    """Asked for all rows at the beginning of each pass, and at the end of each window of the first."""
+    window_rows: int = 0
+    """Rows of the first pass that are waited for and then ordered; 0: as they come."""
+    passes: int | None = None
+    """So many are ordered, the stream's included; None: all."""
+
+    def holds_in(self, epoch: int) -> bool:
+        """Whether this pass is ordered."""
+        return self.passes is None or epoch < self.passes
+
+    def describe(self) -> str:
+        """What must be the same for a resumed run."""
+        return f"{self.order}, windows of {self.window_rows}, {self.passes or 'all'} passes"
+
+
+def make_ordering(config: CurriculumConfig) -> Ordering | None:
+    """What the configuration says; its `difficulty` is the `ExampleMaker`'s too. None: no order. Raises `ConfigError`
+    for success rates that cannot be read."""
+    if config.order == "none":
+        return None
+    return Ordering(
+        order=Ascending() if config.order == "ascending" else Paced(config.start_share),
+        difficulty=make_difficulty(config.by, rates=config.rates),
+        window_rows=config.window_rows,
+        passes=config.ordered_passes,
+    )
 
 
 @dataclass(slots=True)
@@ -33,6 +73,8 @@ class Curriculum:
     epochs: int | None = None
     rows_per_step: int | None = None
     """Fixed number of rows a step, whatever their tokens; None: as many as `tokens_per_step` allows."""
+    ordering: Ordering | None = None
+    """None: as they come, then shuffled."""
     epoch: int = 0
     """Complete passes."""
     stream_ended: bool = False
@@ -42,6 +84,10 @@ class Curriculum:
     """How many trajectories had arrived when the first pass's last trained row did."""
     _trained: set[str] = field(default_factory=set)
     """Keys of the present pass that have been taken."""
+    _window: dict[str, Example] = field(default_factory=dict)
+    """First pass: what has arrived since the last window was closed, rows taken before a resume included."""
+    _window_waiting: int = 0
+    """Rows of the window that are not trained on yet."""
     _pending: deque[Example] = field(default_factory=deque)
     _arrived: dict[str, int] = field(default_factory=dict)
     _known: frozenset[str] | None = None
@@ -53,7 +99,14 @@ class Curriculum:
             return False
         self.examples[example.key] = example
         self._arrived[example.key] = arrived
-        if self.epoch == 0 and example.key not in self._trained:
+        if self.epoch > 0:
+            return True
+        if self.ordering is not None and self.ordering.window_rows:
+            self._window[example.key] = example
+            self._window_waiting += example.key not in self._trained
+            if len(self._window) == self.ordering.window_rows:
+                self._close_window()
+        elif example.key not in self._trained:
             self._pending.append(example)
         return True
 
@@ -66,6 +119,7 @@ class Curriculum:
                 f"{len(missing)} trajectories that the checkpoint was trained on did not come again, "
                 f"first {missing[0]!r}; give the resumed run the same ledger"
             )
+        self._close_window()
         self.stream_ended = True
         self._start_next_pass_if_over()
 
@@ -93,7 +147,7 @@ class Curriculum:
     @property
     def waiting(self) -> int:
         """Rows that have arrived and are not trained on in this pass yet."""
-        return len(self._pending)
+        return len(self._pending) + self._window_waiting
 
     @property
     def done(self) -> bool:
@@ -126,6 +180,7 @@ class Curriculum:
             "seed": self.seed,
             "tokens_per_step": self.tokens_per_step,
             "rows_per_step": self.rows_per_step,
+            "ordering": None if self.ordering is None else self.ordering.describe(),
             "arrived_at_last_row": self.arrived_at_last_row,
         }
 
@@ -134,6 +189,11 @@ class Curriculum:
         for name in ("seed", "tokens_per_step", "rows_per_step"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, the checkpoint's run had {state[name]}; use that")
+        ordering = None if self.ordering is None else self.ordering.describe()
+        if state.get("ordering") != ordering:
+            raise ValueError(
+                f"the curriculum is {ordering}, the checkpoint's run had {state.get('ordering')}; use that"
+            )
         self.epoch = state["epoch"]
         self._trained = set(state["trained"])
         self._known = None if state["known"] is None else frozenset(state["known"])
@@ -148,15 +208,25 @@ class Curriculum:
             self._trained = set()
             if self.done:
                 return
-        keys = shuffled(self.examples, self.seed, self.epoch)
-        self._pending.extend(self.examples[key] for key in keys if key not in self._trained)
+        self._queue(self.examples)
+
+    def _close_window(self) -> None:
+        self._queue(self._window)
+        self._window, self._window_waiting = {}, 0
+
+    def _queue(self, rows: dict[str, Example]) -> None:
+        """What this pass has left of `rows`, in the pass's order; the order is that of all of them."""
+        if self.ordering is not None and self.ordering.holds_in(self.epoch):
+            difficulties = {key: self.ordering.difficulty.latest(row) for key, row in rows.items()}
+            keys = self.ordering.order.arrange(difficulties, self.seed, self.epoch)
+        else:
+            keys = shuffled(rows, self.seed, self.epoch)
+        self._pending.extend(rows[key] for key in keys if key not in self._trained)
 
 
 def shuffled(keys: Iterable[str], seed: int, epoch: int) -> list[str]:
     """The same order for the same keys, in whatever order they come."""
-    ordered = sorted(keys)
-    random.Random(f"{seed}/{epoch}").shuffle(ordered)
-    return ordered
+    return Shuffled().arrange(dict.fromkeys(keys), seed, epoch)
 
 
 def held_out(task_id: str, share: float) -> bool:

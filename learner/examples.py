@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from learner.difficulty import Difficulty
 from learner.token_scores import TokenScores
 from rollout.rendering import Renderer, RenderingError, Row
 from rollout.trajectory import Message, SpanType, Step, Trajectory
@@ -29,8 +30,6 @@ from rollout.trajectory import Message, SpanType, Step, Trajectory
 Scorer = Callable[[str, tuple[int, ...]], TokenScores | None]
 """(trajectory key, the row's token ids) -> what is known of its tokens, arrays over the whole row; None: nothing."""
 
-DifficultyOf = Callable[[Trajectory, int], float | None]
-"""(trajectory, tokens of its row) -> how hard it is, larger is harder; None: unknown. See `learner.difficulty`."""
 
 TRAINED_SPANS = (SpanType.THOUGHT, SpanType.CODE, SpanType.ANSWER, SpanType.FORMAT)
 """What a token that the student must produce can be."""
@@ -108,7 +107,7 @@ class ExampleMaker:
         system_prompt: str | None = None,
         span_weights: Mapping[str, float] | None = None,
         scorer: Scorer | None = None,
-        difficulty: DifficultyOf | None = None,
+        difficulty: Difficulty | None = None,
     ) -> None:
         self.renderer = Renderer(tokenizer)
         self.max_row_tokens = max_row_tokens
@@ -121,6 +120,8 @@ class ExampleMaker:
     def make(self, trajectory: Trajectory) -> Example | RefusedRow:
         """The trajectory's row, or why there is none."""
         key = trajectory.key
+        if self._difficulty is not None:
+            self._difficulty.observe(trajectory)
         if not trajectory.trainable:
             return RefusedRow(key, Refusal.NOT_TRAINABLE, str(trajectory.stop_reason))
         if not trajectory.steps:
@@ -162,7 +163,7 @@ class ExampleMaker:
             weights,
             turns=turns_of(row.trained),
             scores=scores,
-            difficulty=None if self._difficulty is None else self._difficulty(trajectory, len(row)),
+            difficulty=None if self._difficulty is None else self._difficulty.of(trajectory, len(row)),
         )
 
     def messages(self, trajectory: Trajectory) -> list[Message]:
