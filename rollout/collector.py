@@ -32,9 +32,11 @@ from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.placement import engine_demand, place_engine, release
 from rollout.policy_spec import PolicySpec
-from rollout.spend import RemoteMeter
+from rollout.spend_meters import RemoteMeter
 from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed, WorkerState
 from rollout.trajectory import FailureClass
+from rollout.weight_loading import Loaded, WeightLoader, Weights
+from rollout.weight_sync import WorkerBusyError
 from rollout.worker import RolloutWorker
 
 BARREN_STARTS = 3
@@ -63,15 +65,6 @@ def missing_requests(
     ]
     missing = [request for request in requests if request.key not in recorded]
     return missing, len(requests) - len(missing)
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Weights to act with instead of those that the policy was started with (same architecture, vLLM only)."""
-
-    folder: str
-    """A Hugging Face folder."""
-    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +114,42 @@ class RolloutActor:
     def __init__(self, spec: PolicySpec, meter: str = "") -> None:
         self._spec = spec
         self._meter = meter  # by name: an actor with a handle among its arguments cannot be started again
-        self._policy: Any = None
+        self._loader: WeightLoader | None = None
+        self._starting = asyncio.Lock()
+        self._pinned = 0
+        """Collections under way that act with weights of their own choice."""
 
     async def start(self) -> str:
         """Load the policy; returns its name."""
-        if self._policy is None:
-            meter = None
-            if self._meter:
-                import ray
+        return (await self._started()).policy.name
 
-                meter = RemoteMeter(ray.get_actor(self._meter))
-            self._policy = await asyncio.to_thread(self._spec.build, meter)
-        return self._policy.name
+    async def load_weights(self, weights: Weights) -> Loaded:
+        """See `WeightLoader.load`; collections that run go on with them. Raises `WorkerBusyError` where one acts with
+        weights of its own choice."""
+        loader = await self._started()
+        if self._pinned:
+            raise WorkerBusyError(f"it acts with weights {loader.policy.weights_version!r} until its collection ends")
+        return await loader.load(weights)
+
+    async def _started(self) -> WeightLoader:
+        async with self._starting:
+            if self._loader is None:
+                policy = await asyncio.to_thread(self._build, None)
+                self._loader = WeightLoader(policy, self._build)
+            return self._loader
+
+    def _build(self, weights: Weights | None) -> Any:
+        meter = None
+        if self._meter:
+            import ray
+
+            meter = RemoteMeter(ray.get_actor(self._meter))
+        if weights is None:
+            return self._spec.build(meter)
+        name = self._spec.policy_name
+        policy: Any = dataclasses.replace(self._spec, model=weights.folder, name=name).build(meter)
+        policy.weights_version = weights.version
+        return policy
 
     async def run(
         self,
@@ -146,13 +163,14 @@ class RolloutActor:
         adaptive: bool,
     ) -> int:
         """One collection, start to end; returns how many episodes this worker recorded."""
-        await self.start()
-        if weights is not None and self._policy.weights_version != weights.version:
-            await self._policy.update_weights(weights.folder, weights.version)
+        loader = await self._started()
+        self._pinned += weights is not None
         try:
+            if weights is not None:
+                await loader.load(weights)
             worker = RolloutWorker(
                 name=name,
-                policy=self._policy,
+                policy=loader.policy,
                 envs=await env_slots.connect(),
                 settings=settings,
                 feed=_RemoteFeed(feed),
@@ -162,23 +180,24 @@ class RolloutActor:
             )
             return await worker.run()
         finally:
+            self._pinned -= weights is not None
             await env_slots.close()
 
     async def stats(self) -> dict[str, float]:
-        stats: Callable[[], Mapping[str, float]] | None = getattr(self._policy, "stats", None)
+        policy = None if self._loader is None else self._loader.policy
+        stats: Callable[[], Mapping[str, float]] | None = getattr(policy, "stats", None)
         return dict(stats()) if stats is not None else {}
 
     async def forget_prefixes(self) -> None:
         """See `VllmPolicy.forget_prefixes`; for engines of this worker alone."""
-        await self.start()
-        await self._policy.forget_prefixes()
+        await (await self._started()).policy.forget_prefixes()
 
     async def pid(self) -> int:
         return os.getpid()
 
     async def close(self) -> None:
-        if self._policy is not None:
-            await self._policy.close()
+        if self._loader is not None:
+            await self._loader.policy.close()
 
 
 def start_rollout_actors(
