@@ -26,12 +26,13 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from envs.endpoints import asked_wait_s, delay_s, is_local, may_pass
+from envs.endpoints import asked_wait_s, delay_s, is_local
+from rollout.endpoint_errors import EndpointGoneError, LateError, RequestRefused, passes, too_long
+from rollout.endpoint_requests import Answer, EndpointSettings, Request
 from rollout.policy import PolicyError
-from rollout.rate_limits import RateLimiter, RateLimits, Retries, RetryBudget
+from rollout.rate_limits import RateLimiter, RetryBudget
 from rollout.redaction import Redactor, quiet_clients
 from rollout.replies import (
     ChatStream,
@@ -42,7 +43,7 @@ from rollout.replies import (
     parse_json,
 )
 from rollout.request_cache import RequestCache, request_hash
-from rollout.spend import BudgetExceeded, Charge, Meter, Prices
+from rollout.spend import BudgetExceeded, Charge, Meter
 from rollout.trajectory import FailureClass
 
 OPENAI = "https://api.openai.com/v1"
@@ -51,70 +52,6 @@ _LEASE_SLACK_S = 60.0
 _FREE_WAIT_S, _FREE_WAITS = 0.5, 10
 """A wait that a server asks for is no retry; of short ones only so many, or it could keep a call busy for ever."""
 Read = Callable[[Mapping[str, Any]], Reply]
-
-
-class EndpointGoneError(PolicyError):
-    """Every call would fail alike: the endpoint answers nothing any more, refuses the key or knows no such model."""
-
-    ends_collection = True
-
-
-class RequestRefused(PolicyError):
-    """The endpoint refuses the request for what it is (400, 404, 422, ...); `reason` is what it said, redacted."""
-
-    def __init__(self, message: str, *, status: int = 0, reason: str = "", parameter: str = "", code: str = "") -> None:
-        super().__init__(message, FailureClass.INPUT)
-        self.status, self.reason, self.parameter, self.code = status, reason, parameter, code
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointSettings:
-    """How an endpoint is asked; `rollout.policy_spec.PolicySpec` documents the fields."""
-
-    api_key_env: str = "OPENAI_API_KEY"
-    timeout_s: float = 60.0
-    """One attempt, from its first byte to its last; of a stream, each wait for the next piece."""
-    concurrency: int = 32
-    retries: Retries = field(default_factory=Retries)
-    rate_limits: RateLimits = field(default_factory=RateLimits)
-    prices: Prices | None = None
-    cache_path: str = ""
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1 or not self.timeout_s > 0:
-            raise ValueError(
-                f"an endpoint needs concurrency of at least 1 and timeout_s above 0, "
-                f"not {self.concurrency} and {self.timeout_s}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is sent, and what is known of it before."""
-
-    path: str
-    body: Callable[[], Mapping[str, Any]]
-    """Made when its turn has come, by what is known of the endpoint then."""
-    identity: Mapping[str, Any]
-    """What makes it the same request for the cache: all that changes the answer, whatever the body must leave out."""
-    prompts: tuple[str, ...]
-    """Texts that no error may repeat."""
-    most_prompt_tokens: int
-    most_completion_tokens: int
-    stream: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A reply and what it cost this time."""
-
-    reply: Reply
-    cost_usd: float = 0.0
-    cached: bool = False
-
-
-class LateError(Exception):
-    """One attempt took too long."""
 
 
 class CallLimit:
@@ -284,7 +221,7 @@ class EndpointClient:
                 except Exception as error:
                     limit.last = failure = error
                 # Out of the handler: an error that is raised there would carry the endpoint's own words as its context.
-                if not _passes(failure):
+                if not passes(failure):
                     raise self._failure(failure, request.prompts, tried + 1)
                 asked_s = asked_wait_s(failure) if getattr(failure, "status_code", None) == 429 else None
                 if asked_s is not None:
@@ -433,9 +370,9 @@ class EndpointClient:
         if status == 404:
             message = f"{self.where} refuses the request: {said}; is the model's name right, and base_url?"
             return EndpointGoneError(message, FailureClass.INPUT)
-        if _too_long(error):
+        if too_long(error):
             return PolicyError(f"{self.where}: the prompt is too long: {said}", FailureClass.LIMIT)
-        if status is not None and 400 <= status < 500 and not _passes(error):
+        if status is not None and 400 <= status < 500 and not passes(error):
             # The endpoint's words, too: they may repeat what was asked.
             parameter = self._redact(str(getattr(error, "param", None) or ""), prompts)
             return RequestRefused(
@@ -477,26 +414,4 @@ def _most(request: Request, reply: Reply) -> ReplyUsage:
     said = sum(len(choice.text) for choice in reply.choices)
     return ReplyUsage(
         prompt_tokens=request.most_prompt_tokens, completion_tokens=min(said, request.most_completion_tokens)
-    )
-
-
-def _passes(error: Exception) -> bool:
-    return may_pass(error) or isinstance(error, UnusableAnswerError | LateError) or _broken_wire(error)
-
-
-def _broken_wire(error: Exception) -> bool:
-    """A stream that breaks raises its HTTP library's errors, and API errors without a status."""
-    from openai import APIError, APIStatusError
-
-    if isinstance(error, APIError) and not isinstance(error, APIStatusError):
-        return True
-    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "h11")
-
-
-def _too_long(error: Exception) -> bool:
-    if getattr(error, "status_code", None) not in (400, 413, 422):
-        return False
-    text = str(error).lower()
-    return getattr(error, "code", None) == "context_length_exceeded" or any(
-        words in text for words in ("context length", "context window", "prompt is too long", "maximum input length")
     )

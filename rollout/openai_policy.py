@@ -36,15 +36,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from rollout.endpoint_client import (
-    OPENAI,
-    Answer,
-    CallLimit,
-    EndpointClient,
-    EndpointSettings,
-    Request,
-    RequestRefused,
-)
+from rollout.endpoint_client import OPENAI, CallLimit, EndpointClient
+from rollout.endpoint_errors import RequestRefused
+from rollout.endpoint_requests import Answer, EndpointSettings, Request
 from rollout.policy import PolicyError, Sampling
 from rollout.rate_limits import RateLimits, Retries
 from rollout.replies import ReplyChoice, read_chat

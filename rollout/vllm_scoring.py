@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from rollout.endpoint_client import EndpointClient, EndpointSettings, Request
+from rollout.endpoint_client import EndpointClient
+from rollout.endpoint_requests import EndpointSettings, Request
 from rollout.policy import PolicyError
 from rollout.replies import Reply, UnusableAnswerError, read_completions
 from rollout.scoring import Rows, RowScores

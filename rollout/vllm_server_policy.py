@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from rollout.endpoint_client import Answer, EndpointClient, EndpointSettings, Request
+from rollout.endpoint_client import EndpointClient
+from rollout.endpoint_requests import Answer, EndpointSettings, Request
 from rollout.policy import PolicyError, Sampling
 from rollout.rate_limits import RateLimits, Retries
 from rollout.rendering import Renderer, RenderingError

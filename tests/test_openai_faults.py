@@ -18,12 +18,13 @@ import pytest
 from fault_server import FAULTS, FaultServer
 
 from envs.endpoints import asked_wait_s
-from rollout.endpoint_client import EndpointGoneError
+from rollout.endpoint_errors import EndpointGoneError
 from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import PolicyError, Sampling
 from rollout.rate_limits import RateLimits, Retries
 from rollout.redaction import Redactor
-from rollout.spend import BudgetExceeded, LocalMeter, Prices, SpendCap, SpendMeter, SpendSnapshot
+from rollout.spend import BudgetExceeded, Prices, SpendCap, SpendMeter, SpendSnapshot
+from rollout.spend_meters import LocalMeter
 from rollout.trajectory import Completion, FailureClass, Message
 
 PRICES = Prices(prompt_usd_per_million=1.0, completion_usd_per_million=2.0)

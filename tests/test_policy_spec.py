@@ -15,7 +15,8 @@ from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import Sampling
 from rollout.policy_spec import PolicySpec
 from rollout.rate_limits import RateLimits, Retries
-from rollout.spend import LocalMeter, Prices
+from rollout.spend import Prices
+from rollout.spend_meters import LocalMeter
 from rollout.trajectory import Message
 
 ENDPOINT: dict[str, Any] = {

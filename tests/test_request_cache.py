@@ -17,7 +17,8 @@ from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import PolicyError, Sampling
 from rollout.replies import Reply, ReplyChoice, ReplyUsage
 from rollout.request_cache import RequestCache, request_hash
-from rollout.spend import LocalMeter, Prices
+from rollout.spend import Prices
+from rollout.spend_meters import LocalMeter
 from rollout.trajectory import Completion, FailureClass, Message
 
 MESSAGES = [Message(role="user", content="What is 6 * 7?")]

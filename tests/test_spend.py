@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from rollout.policy import PolicyError
-from rollout.spend import BudgetExceeded, Charge, LocalMeter, Prices, RemoteMeter, SpendCap, SpendMeter
+from rollout.spend import BudgetExceeded, Charge, Prices, SpendCap, SpendMeter
+from rollout.spend_meters import LocalMeter, RemoteMeter
 from rollout.trajectory import FailureClass
 
 
@@ -257,7 +258,7 @@ def test_clients_in_other_processes_share_one_meter(ray_cluster: Any, tmp_path: 
         """Names nothing of this file, which its process cannot import."""
 
         def __init__(self, handle: Any) -> None:
-            from rollout.spend import RemoteMeter
+            from rollout.spend_meters import RemoteMeter
 
             self._meter = RemoteMeter(handle)
 

@@ -22,7 +22,8 @@ from rollout.openai_policy import OpenAIPolicy
 from rollout.policy import Policy, PolicyError, Sampling
 from rollout.policy_spec import PolicySpec
 from rollout.rendering import Renderer
-from rollout.spend import LocalMeter, Prices
+from rollout.spend import Prices
+from rollout.spend_meters import LocalMeter
 from rollout.trajectory import Completion, FailureClass, Message
 from rollout.vllm_server_policy import VllmServerPolicy
 
