@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.arrival_log import ArrivalLog
-from learner.base import LearnerError, Progress, TrajectorySource
+from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
 from learner.config import LearnerConfig
-from learner.curriculum import Curriculum, held_out
-from learner.examples import Example, ExampleMaker, RefusedRow
+from learner.curriculum import Curriculum, held_out, make_ordering
+from learner.examples import Example, ExampleMaker, RefusedRow, Scorer
 from learner.gradient_guard import GradientGuard
 from learner.intake import END, Arrival, Intake
 from learner.model_selection import BestStudent, copy_folder
 from learner.packing import StepPlan, plan_step
-from learner.rank_work import Done, Order, RankWork
+from learner.rank_work import Done, Order, RankWork, lost_a_rank
 from learner.schedules import lr_factor
 from learner.speed_meter import SpeedMeter
+from learner.student_check import student_tokenizer
 from learner.tracking import Tracker, check_installed
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 
 class Learner:
-    """One rank. `source` is needed on rank 0 alone; `on_progress` is called there after each step.
+    """One rank. `source` is needed on rank 0 alone; `on_progress` is called there after each step, and
+    `scorer` says there what other policies think of a row's tokens.
 
     Raises `ConfigError` at once for settings that cannot work. With `world_size` above 1, MASTER_ADDR and MASTER_PORT
     must be in the environment (`learner.learner_actor` sees to it).
@@ -55,6 +57,7 @@ class Learner:
         rank: int = 0,
         world_size: int = 1,
         on_progress: Callable[[Progress], None] | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         from learner.objectives import make_objective
 
@@ -66,6 +69,7 @@ class Learner:
         self.world_size = world_size
         self._source = source
         self._on_progress = on_progress
+        self._scorer = scorer
         self._objective = make_objective(config.objective, **config.objective_options)
         self._progress = Progress()
         self._stop = threading.Event()
@@ -80,7 +84,9 @@ class Learner:
             rows_per_step=config.rows_per_step,
             seed=config.seed,
             epochs=config.epochs,
+            ordering=make_ordering(config.curriculum) if rank == 0 else None,
         )
+        self._tokenizer = student_tokenizer(config.model_path) if rank == 0 else None
         self._folder = Path(config.output_dir)
         self._best = BestStudent(config, folder=self._folder)
         self._guard = GradientGuard(limit=config.max_skipped_steps)
@@ -116,6 +122,10 @@ class Learner:
                     order = backend.scatter(None)
                     work.do(order)
                     kind = order.kind
+        except RuntimeError as error:
+            if self.world_size > 1 and lost_a_rank(error):
+                raise RankLostError(f"rank {self.rank} lost another rank: {error}") from error
+            raise
         finally:
             backend.close()
         return self._progress
@@ -123,16 +133,16 @@ class Learner:
     # -- rank 0: decide
 
     def _lead(self, work: RankWork, state: dict[str, Any] | None) -> None:
-        from transformers import AutoTokenizer
-
-        backend = work.backend
+        backend, ordering = work.backend, self._curriculum.ordering
         if state is not None:
             self._restore(state)
         maker = ExampleMaker(
-            AutoTokenizer.from_pretrained(self.config.model_path),
+            self._tokenizer,
             max_row_tokens=self.config.max_row_tokens,
             system_prompt=self.config.system_prompt,
             span_weights=self.config.span_weights,
+            scorer=self._scorer,
+            difficulty=None if ordering is None else ordering.difficulty,
         )
         self._meter = SpeedMeter.of(backend, self.config, ranks=self.world_size)
         assert self._source is not None
@@ -340,11 +350,10 @@ class Learner:
             reason = arrival.reason.value
             self._refused[reason] += 1
             self._first_refused.setdefault(reason, f"{arrival.key}: {arrival.detail}")
-        else:
-            if held_out(arrival.task_id, self.config.validation_share):
-                self._validation.append(arrival)
-            elif not self._curriculum.add(arrival, arrived):
-                self._refused["duplicate"] += 1
+        elif held_out(arrival.task_id, self.config.validation_share):
+            self._validation.append(arrival)
+        elif not self._curriculum.add(arrival, arrived):
+            self._refused["duplicate"] += 1
         self._update(
             trajectories=arrived,
             examples=len(self._curriculum.examples),

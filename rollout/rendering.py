@@ -76,7 +76,10 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise RenderingError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; give it one")
+            raise RenderingError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template; give it one (tokenizer.chat_template), "
+                "such as that of the model's chat version, and save it"
+            )
         if tokenizer.eos_token_id is None:
             raise RenderingError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, so turns cannot end")
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -238,9 +241,15 @@ class Renderer:
         return literals[-1], generation_prompt
 
     def _apply(self, conversation: list[dict[str, str]], generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=generation_prompt, return_dict=False
-        )
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=generation_prompt, return_dict=False
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in conversation)
+            raise RenderingError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
 def decoded_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
