@@ -239,6 +239,12 @@ class LearnerConfig:
     snapshot_at: tuple[float, ...] = ()
     """Fractions of the run after which the student is exported, e.g. (0.5,)."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
+    publish_every_steps: int = 0
+    """Hand the weights to whoever acts with them after so many steps (see `learner.publish`); 0: never."""
+    publish_tolerance: float = 1.0
+    """Largest difference of one token's log-probability between learner and engine, ten times what it may be on
+    average: 1 is for bfloat16 on either side; 0.01 will do where both compute in float32."""
+    keep_published: int = 2
 
     # -- telling
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -272,14 +278,14 @@ class LearnerConfig:
         _one_of("zero_stage", self.zero_stage, (0, 1, 2, 3))
         _one_of("schedule", self.schedule, ("linear", "cosine", "constant", "wsd"))
         _one_of("offload", self.offload, ("none", "optimizer", "all"))
-        for name in ("lr", "muon_lr", "data_timeout_s", "collective_timeout_s"):
+        for name in ("lr", "muon_lr", "data_timeout_s", "publish_tolerance", "collective_timeout_s"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("validate_every_steps", "score_every_steps", "patience", "restarts"):
+        for name in ("validate_every_steps", "score_every_steps", "publish_every_steps", "patience", "restarts"):
             _at_least(name, getattr(self, name), 0)
         _check_selection(self)
         for name in ("warmup_steps", "checkpoint_every_steps", "weight_decay", "gradient_clipping"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("ranks", "threads", "keep_checkpoints", "max_skipped_steps"):
+        for name in ("ranks", "threads", "keep_checkpoints", "keep_published", "max_skipped_steps"):
             _at_least(name, getattr(self, name), 1)
         if self.rows_per_step is not None:
             _at_least("rows_per_step", self.rows_per_step, 1)
