@@ -1,66 +1,57 @@
 """The engine under the learner: DeepSpeed, and the only file that imports it.
 
-`DeepSpeedBackend` is one rank: it builds the student and its engine (ZeRO stage 0 to 3, fp32 / bf16 products / bf16),
-runs micro-batches, steps, saves and loads checkpoints, and gathers full weights. It knows nothing of trajectories or
-schedules.
-
-What works on CPU and GPU with DeepSpeed 0.19 (`refuse_what_does_not_work` says so before a model loads):
-
-- ZeRO 0: fp32 and autocast, AdamW and Muon. Not bf16 weights: there is no fp32 master copy to step on.
-- ZeRO 1, 2, 3: all precisions, AdamW and Muon. Muon under ZeRO is DeepSpeed's (torch's wants matrices; a shard is
-  flat), and DeepSpeed measures and clips the norm of Muon's update instead of the gradient's: gradient_clipping must
-  be 0 there.
+`DeepSpeedBackend` is one rank: it builds the student and its engine (ZeRO stage 0 to 3, fp32 / bf16 products / bf16,
+offload), runs micro-batches, steps, saves and loads checkpoints, and gathers weights. It knows nothing of trajectories
+or schedules. What works together is in `learner.engine_settings`.
 
 Example::
 
     backend = DeepSpeedBackend(config, rank=0, world_size=1)
     logits = backend.forward(micro_batch)           # [n, vocabulary] at the trained positions
-    backend.backward(loss, last=True); backend.step(lr_factor=1.0)
+    backend.backward(loss, last=True)
+    outcome = backend.step(lr_factor=1.0)           # StepOutcome: skipped where the gradient was not finite
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
+import math
 import os
-import shutil
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.base import LearnerError
-from learner.config import ConfigError, LearnerConfig
+from learner.checkpoints import CheckpointFolder
+from learner.config import LearnerConfig
+from learner.engine_settings import engine_settings, refuse_what_does_not_work
+from learner.gradient_guard import StepOutcome
+from learner.out_of_memory import explained
+from learner.saved_state import facts_of, restore, tensors_of
 
 if TYPE_CHECKING:
     import torch
 
+    from learner.ema import Average
     from learner.packing import MicroBatch
+    from learner.side_parameters import SideParameters
 
-STATE_FILE = "learner_state.json"
-
-
-def refuse_what_does_not_work(config: LearnerConfig) -> None:
-    """Raises `ConfigError` for a combination that DeepSpeed would get wrong, naming what works."""
-    if config.zero_stage == 0 and config.precision == "bf16":
-        raise ConfigError(
-            "precision is 'bf16' with zero_stage 0, which keeps no fp32 master weights; "
-            "use precision 'autocast', or zero_stage 1, 2 or 3"
-        )
-    if config.zero_stage > 0 and config.optimizer == "muon" and config.gradient_clipping > 0:
-        raise ConfigError(
-            f"gradient_clipping is {config.gradient_clipping} with optimizer 'muon' and zero_stage "
-            f"{config.zero_stage}, where DeepSpeed clips Muon's update instead of the gradient; set gradient_clipping "
-            "to 0, zero_stage to 0, or optimizer to 'adamw'"
-        )
-    if config.batching == "packed" and config.compile:
-        raise ConfigError("compile is true with batching 'packed'; use batching 'bucketed', or compile false")
+logger = logging.getLogger(__name__)
 
 
 class DeepSpeedBackend:
-    """One rank's engine. Raises `ConfigError` (settings), `LearnerError` (checkpoints of another run), OSError (no
-    model)."""
+    """One rank's engine.
+
+    Raises `ConfigError` (settings), `LearnerError` (checkpoints of another run, no memory), OSError (no model).
+    """
 
     def __init__(self, config: LearnerConfig, *, rank: int, world_size: int) -> None:
+        from learner.ema import Average
+        from learner.student_module import load_student, student_module
+        from learner.trained_state import trained_state
+
         refuse_what_does_not_work(config)
         self.config = config
         self.rank = rank
@@ -75,39 +66,82 @@ class DeepSpeedBackend:
         self.batching = config.batching
         if self.batching == "auto":
             self.batching = "packed" if self.device.type == "cuda" else "bucketed"
-        self.model = self._load_model()
-        self.student = _student_module(self.model, config, self.device)
-        self.engine = self._start_engine()
+        with explained(config, "loading the student", world_size=world_size):
+            self.model = load_student(config, device=self.device, batching=self.batching)
+            self.student = student_module(self.model, config, self.device)
+            self.engine = self._start_engine()
+            self.state = trained_state(self.engine, self.student, zero_stage=config.zero_stage)
+            self.average: Average | None = None
+            if config.ema is not None:
+                self.average = Average(self.state, decay=config.ema.decay)
+        self._side: SideParameters | None = None
 
     # -- a step
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Logits [n, vocabulary] at the micro-batch's selected positions."""
         positions = None if batch.position_ids is None else self.to_device(batch.position_ids)
-        return self.engine(self.to_device(batch.input_ids), positions, self.to_device(batch.selected))
+        with self._explained(f"the forward pass of {batch.input_ids.size} tokens, padding included"):
+            return self.engine(self.to_device(batch.input_ids), positions, self.to_device(batch.selected))
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add to the gradient. `loss` is this rank's share of the step's loss; `last` when the step's last
         micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         # Ranks are averaged by the engine; the loss is a sum over all of them.
-        with self._eager_muon():
+        with self._explained("the backward pass"), self._eager_muon():
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, lr_factor: float) -> float:
-        """Clip, update the weights, clear the gradient. Returns the gradient's norm before clipping (0.0 if
-        unknown)."""
+    def step(self, lr_factor: float) -> StepOutcome:
+        """Clip, update the weights, clear the gradient. A gradient that is not finite on some rank changes nothing on
+        any, and is told as skipped."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
-        norm = 0.0
-        if self.config.zero_stage == 0:
-            limit = self.config.gradient_clipping or float("inf")
-            norm = float(self._torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit))
+        with self._explained("the optimizer's step"):
+            outcome = self._step_whole() if self.config.zero_stage == 0 else self._step_sharded()
+        if self._side is not None and outcome.skipped:
+            self._side.clear()
+        elif self._side is not None:
+            self._side.step(lr_factor=lr_factor, sum_over_ranks=self.sum_over_ranks, world_size=self.world_size)
+        if self.average is not None and not outcome.skipped:
+            self.average.update()
+        return outcome
+
+    def train_also(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Step on an objective's own parameters (leaves on any device, the same on every rank) as well. Once, before
+        `load_checkpoint`."""
+        from learner.side_parameters import SideParameters
+
+        parameters = list(parameters)
+        self._side = SideParameters(parameters, lr=self.config.lr) if parameters else None
+
+    def _step_whole(self) -> StepOutcome:
+        """ZeRO 0: ranks hold the same gradients, so they decide alike."""
+        limit = self.config.gradient_clipping or math.inf
+        norm = float(self._torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit))
+        if not math.isfinite(norm):
+            self.student.zero_grad(set_to_none=True)
+            return StepOutcome(norm, skipped=True)
+        self.engine.step()
+        return StepOutcome(norm)
+
+    def _step_sharded(self) -> StepOutcome:
+        """ZeRO 1 to 3: the engine looks at the gradient over all ranks, and skips."""
+        zero, muon = self.engine.optimizer, self.config.optimizer == "muon"
+        if self.config.zero_stage == 3 and muon and zero.has_overflow():
+            # The engine would look at the update, when Muon's momentum has taken the gradient in.
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(1.0)
+            return StepOutcome(math.inf, skipped=True)
         with self._eager_muon():
             self.engine.step()
-        if self.config.zero_stage > 0 and self.config.optimizer == "adamw":
-            norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return norm
+        if zero.overflow:
+            return StepOutcome(math.inf, skipped=True)
+        return StepOutcome(0.0 if muon else float(self.engine.get_global_grad_norm() or 0.0))
+
+    def _explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return explained(self.config, doing, world_size=self.world_size)
 
     def evaluation(self) -> contextlib.AbstractContextManager[None]:
         """Within it: no gradient, no dropout."""
@@ -147,66 +181,130 @@ class DeepSpeedBackend:
     # -- checkpoints and weights: every rank calls these together
 
     def save_checkpoint(self, folder: Path, step: int, state: dict[str, Any] | None) -> None:
-        """Write `folder/step-<n>` whole or not at all, point `folder/latest` at it, remove the oldest beyond those
-        kept."""
-        tag = f"step-{step:07d}"
-        partial = f".partial-{tag}"
+        """Write `folder/step-<n>` whole or not at all, remove the oldest beyond those kept. `state`: the trainer's, on
+        rank 0."""
+        store = CheckpointFolder(folder, keep=self.config.keep_checkpoints)
+        name = f"step-{step:07d}"
         if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder / partial, ignore_errors=True)
+            store.begin(name)
         self._barrier()
-        self.engine.save_checkpoint(str(folder), tag=partial, save_latest=False, exclude_frozen_parameters=False)
+        tensors = tensors_of(self.state, self.average, rank=self.rank, world_size=self.world_size)
+        store.write_part(name, self.rank, tensors, facts=self._facts() if self.rank == 0 else {})
         self._barrier()
         if self.rank == 0:
-            (folder / partial / STATE_FILE).write_text(json.dumps({**(state or {}), "shape": self._shape()}))
-            shutil.rmtree(folder / tag, ignore_errors=True)
-            os.replace(folder / partial, folder / tag)
-            (folder / ".latest").write_text(tag)
-            os.replace(folder / ".latest", folder / "latest")
-            kept = sorted(path for path in folder.glob("step-*") if path.is_dir())
-            for old in kept[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+            store.finish(name, {"trainer": state or {}, "settings": self._settings(), "written_by": self._written_by()})
         self._barrier()
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any] | None:
-        """Load what `folder/latest` points at and return its state; None when there is no checkpoint."""
-        pointer = folder / "latest"
-        if not pointer.is_file():
-            return None
-        tag = pointer.read_text().strip()
-        state = json.loads((folder / tag / STATE_FILE).read_text())
-        if state["shape"] != self._shape():
+        """Load the newest that is whole, written by any number of ranks and any ZeRO stage, and return the trainer's
+        state; None when there is none. Damaged ones are told of and set aside. Raises `LearnerError`."""
+        store = CheckpointFolder(folder, keep=self.config.keep_checkpoints)
+        names = self.scatter([store.names()] * self.world_size if self.rank == 0 else None) or []
+        for name in names:
+            damage = store.damage(name, rank=self.rank, world_size=self.world_size)
+            if self.sum_over_ranks([float(damage is not None)])[0] == 0:
+                return self._load(store, name)
+            if damage is not None:
+                logger.warning("checkpoint %s is damaged (%s); going back to the one before", folder / name, damage)
+            self._barrier()
+            if self.rank == 0:
+                store.set_aside(name)
+        if names:
             raise LearnerError(
-                f"checkpoint {folder / tag} was written with {state['shape']}, this run has {self._shape()}; "
-                "resume with the same settings, or start anew in another output_dir"
+                f"every checkpoint in {folder} is damaged ({', '.join(names)}; they are renamed damaged-...); start "
+                "again to begin anew"
             )
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
+        return None
+
+    def _load(self, store: CheckpointFolder, name: str) -> dict[str, Any]:
+        saved = store.state(name)
+        if saved["settings"] != self._settings():
             raise LearnerError(
-                f"checkpoint {folder / tag} cannot be read; remove it and the file 'latest' to start anew"
+                f"checkpoint {store.folder / name} was written with {saved['settings']}, this run has "
+                f"{self._settings()}; resume with the same settings, or start anew in another output_dir"
             )
-        return state
+        if self.rank == 0 and saved["written_by"] != self._written_by():
+            logger.warning("resuming with %s what was written by %s", self._written_by(), saved["written_by"])
+        facts = store.facts(name)[0]
+        try:
+            restore(self.state, self.average, store.open(name), facts, self.device)
+            if self._side is not None:
+                self._side.restore(facts["side"])
+        except ValueError as error:
+            raise LearnerError(f"checkpoint {store.folder / name} is of another model: {error}") from error
+        return saved["trainer"]
+
+    def _facts(self) -> dict[str, Any]:
+        return {**facts_of(self.state, self.average), "side": [] if self._side is None else self._side.state()}
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """Name -> whole tensor on the CPU, with LoRA merged, as the plain model names them; None on ranks other than
-        0."""
-        if self.config.zero_stage == 3:
-            weights = self.engine._zero3_consolidated_16bit_state_dict()
-        else:
-            weights = self.student.state_dict()
-        if self.rank != 0 or weights is None:
+        """Name -> whole tensor on the CPU, with LoRA merged, as the plain model names them, averaged where the average
+        is what is exported; None on ranks other than 0."""
+        weights = self._gathered()
+        if weights is None:
             return None
-        prefix = "model."
-        plain = {name.removeprefix(prefix): value.detach().to("cpu", copy=True) for name, value in weights.items()}
         if self.config.lora is not None:
-            merged = _with_lora(_pretrained(self.config), self.config)
-            missing, unexpected = merged.load_state_dict(plain, strict=False)
-            if unexpected or any("lora_" in name for name in missing):
-                raise LearnerError(f"cannot merge LoRA: missing {missing[:3]}, unexpected {unexpected[:3]}")
-            plain = dict(merged.merge_and_unload().state_dict())
+            from learner.adapters import merged_weights
+
+            weights = merged_weights(self.config, weights)
         if self.model_config.tie_word_embeddings:
-            plain.pop("lm_head.weight", None)
-        return {name: value.contiguous() for name, value in plain.items()}
+            weights.pop("lm_head.weight", None)
+        return {name: value.contiguous() for name, value in weights.items()}
+
+    def export(self, folder: Path, *, facts: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
+        """Write the student (or its adapters, as `lora.export` says) to `folder`, from rank 0. `facts`, `data`: for the
+        card, what is said of the training and of what it was trained on."""
+        from learner.export import export_adapter, export_student
+
+        lora = self.config.lora
+        if lora is None or lora.export == "merged":
+            weights = self.full_weights()
+            if weights is not None:
+                export_student(folder, weights=weights, config=self.config, facts=facts, data=data)
+            return
+        adapters = self._gathered()
+        if adapters is None:
+            return
+        if lora.export == "adapter":
+            export_adapter(folder, adapters=adapters, config=self.config, facts=facts, data=data)
+            return
+        from learner.adapters import merged_weights
+
+        weights = merged_weights(self.config, adapters)
+        if self.model_config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        export_student(folder, weights=weights, config=self.config, facts=facts, data=data, adapters=adapters)
+
+    def _gathered(self) -> dict[str, torch.Tensor] | None:
+        """Rank 0: the model's whole weights on the CPU, of LoRA the adapters alone, as the trained model names them."""
+        adapters_alone = self.config.lora is not None
+        with self._as_exported():
+            if self.config.zero_stage == 3:
+                weights = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters_alone)
+            else:
+                weights = self.student.state_dict()
+            if self.rank != 0:
+                return None
+            trained = set(self.state.names())
+            return {
+                name.removeprefix("model."): value.detach().to("cpu", copy=True)
+                for name, value in weights.items()
+                if not adapters_alone or name in trained
+            }
+
+    @contextlib.contextmanager
+    def _as_exported(self) -> Iterator[None]:
+        """The average in the model's place, where it is what is exported."""
+        if self.average is None or self.config.ema is None or not self.config.ema.export:
+            yield
+            return
+        with self._torch.no_grad():
+            try:
+                with self.average.in_place():
+                    self.state.show()
+                    yield
+            finally:
+                self.state.show()
 
     def close(self) -> None:
         """Leave the other ranks; may be called twice. A rank of its own stays, as DeepSpeed cannot start twice."""
@@ -219,17 +317,14 @@ class DeepSpeedBackend:
     def model_config(self) -> Any:
         return self.model.config
 
-    def _shape(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote the checkpoint."""
         c = self.config
         lora = None if c.lora is None else [c.lora.rank, c.lora.alpha, c.lora.target]
-        return {
-            "ranks": self.world_size,
-            "zero_stage": c.zero_stage,
-            "precision": c.precision,
-            "optimizer": c.optimizer,
-            "objective": c.objective,
-            "lora": lora,
-        }
+        return {"precision": c.precision, "optimizer": c.optimizer, "objective": c.objective, "lora": lora}
+
+    def _written_by(self) -> dict[str, int]:
+        return {"ranks": self.world_size, "zero_stage": self.config.zero_stage}
 
     def _barrier(self) -> None:
         self.sum_over_ranks([0.0])
@@ -243,25 +338,6 @@ class DeepSpeedBackend:
             return self._torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
 
-    def _load_model(self) -> Any:
-        config = self.config
-        model = _pretrained(config)
-        model.config.use_cache = False
-        short_rows = config.precision != "fp32" and self.batching == "bucketed" and self.device.type == "cpu"
-        if short_rows:
-            from learner.attention import use_short_row_attention
-
-            use_short_row_attention(model)
-        _check_head(model, self._torch)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora is not None:
-            if config.gradient_checkpointing:
-                model.enable_input_require_grads()
-            model = _with_lora(model, config)
-        model.train()
-        return model
-
     def _start_engine(self) -> Any:
         import deepspeed
 
@@ -272,7 +348,7 @@ class DeepSpeedBackend:
         if config.zero_stage == 0:
             optimizer: Any = MuonAdamW(groups)
         elif config.optimizer == "adamw":
-            optimizer = self._torch.optim.AdamW(groups)
+            optimizer = self._torch.optim.AdamW(groups, fused=True)  # a flat tensor: no temporaries
         else:
             from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -283,20 +359,7 @@ class DeepSpeedBackend:
             optimizer = MuonWithAuxAdam(
                 [{**group, "ns_method": "standard"} if group["use_muon"] else group for group in groups]
             )
-        zero: dict[str, Any] = {"stage": config.zero_stage}
-        if config.zero_stage > 0 and config.optimizer == "muon":
-            zero["reduce_scatter"] = False
-        if config.zero_stage == 3:
-            zero["stage3_gather_16bit_weights_on_model_save"] = True
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 2,  # more than one; the true number varies and is told by the boundary
-            "gradient_clipping": config.gradient_clipping if config.zero_stage > 0 else 0.0,
-            "steps_per_print": 10**9,
-            "zero_optimization": zero,
-            "bf16": {"enabled": config.precision == "bf16"},
-            "zero_allow_untested_optimizer": True,
-        }
+        settings = engine_settings(config)
         engine, *_ = deepspeed.initialize(model=self.student, optimizer=optimizer, config=settings)
         return engine
 
@@ -345,78 +408,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def _pretrained(config: LearnerConfig) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(config.model_path, dtype=torch.float32, attn_implementation="sdpa")
-
-
-def _with_lora(model: Any, config: LearnerConfig) -> Any:
-    """Low-rank adapters put into `model`, whose other weights are frozen."""
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    lora = config.lora
-    assert lora is not None
-    target = lora.target if lora.target == "all-linear" else [name.strip() for name in lora.target.split(",")]
-    settings = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (declared int; a float works)
-        lora_dropout=lora.dropout,
-        target_modules=target,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, settings)
-
-
-def _student_module(model: Any, config: LearnerConfig, device: torch.device) -> Any:
-    """The module that the engine runs: trained positions are picked out before the vocabulary's product, the largest
-    one."""
-    import torch
-    from torch import nn
-
-    class Student(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-            plain = model.get_base_model() if config.lora is not None else model
-            self._decoder = [plain.get_decoder()]  # in lists: the same modules, not registered a second time
-            self._head = [plain.get_output_embeddings()]
-            if config.compile:
-                for layer in self._decoder[0].layers:
-                    layer.compile(dynamic=True)
-
-        def forward(
-            self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, selected: torch.Tensor
-        ) -> torch.Tensor:
-            """input_ids, position_ids: [rows, width]; selected: [n] flat positions -> logits [n, vocabulary]."""
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "autocast"):
-                # No mask and no cache: only then are packed rows kept apart by their positions.
-                hidden = self._decoder[0](
-                    input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
-                ).last_hidden_state
-                return self._head[0](hidden.reshape(-1, hidden.shape[-1])[selected])
-
-    return Student()
-
-
-def _check_head(model: Any, torch: Any) -> None:
-    """Refuse a model whose logits are more than its head's product (scaled, capped): we would train another model."""
-    ids = torch.arange(8)[None] % model.config.vocab_size
-    model.eval()
-    with torch.no_grad():
-        whole = model(input_ids=ids, use_cache=False).logits
-        ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(whole, ours, atol=1e-3, rtol=1e-3):
-        raise ConfigError(
-            f"model_path {model.name_or_path!r} ({type(model).__name__}) does more after its decoder than multiply by "
-            "its head; use a model such as Qwen2, Qwen3, Llama or Mistral"
-        )
 
 
 @contextlib.contextmanager
