@@ -29,8 +29,16 @@ class LearnerError(RuntimeError):
     """The learner cannot go on: a dead rank, no data in time, a checkpoint of another run; the message says which."""
 
 
+class RankLostError(LearnerError):
+    """Another rank is gone or silent: what this one raises when it can only tell that. The cause is elsewhere."""
+
+
 class TrajectorySource(Protocol):
-    """Trajectories as they are finished. Only rank 0 asks."""
+    """Trajectories as they are finished. Only rank 0 asks.
+
+    A run that is started again, by hand or because a rank died, asks a new source from the beginning: it must bring
+    all that it brought before, in whatever order.
+    """
 
     def next(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
         """1 to `max_trajectories` of them, [] when none came within `timeout_s`, None when the stream has ended."""

@@ -1,8 +1,13 @@
 """The ranks of a `Learner` as Ray actors: `LearnerGroup` starts them together, watches them and hands back the result.
 
 A rank consumes what its `Learner` consumes (rank 0: the source; the others: rank 0's orders). Ranks wait for one
-another at most `collective_timeout_s`; when one dies the group kills the rest and raises `LearnerError`, so nothing
-waits for ever.
+another at most `collective_timeout_s`. When a rank dies (killed, out of memory, its node lost) the group ends the
+others and starts all of them again, at most `restarts` times: they go on from the last checkpoint, with the source's
+trajectories from the beginning, and take the very steps that they would have taken. What a rank raises itself is no
+death: it would raise it again, so the group ends and raises `LearnerError`.
+
+The source is pickled to rank 0 at every start, as it was given: it must be one that brings everything again, such as a
+ledger and then a queue. Whoever started the group is its head: with it the actors end, and a new job resumes.
 
 Example::
 
@@ -17,16 +22,24 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from learner.base import LearnerError, Progress, TrajectorySource
+from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
 from learner.config import LearnerConfig
+
+if TYPE_CHECKING:
+    from learner.examples import Scorer
+
+DEATH_NOTICE_S = 15.0
+"""How long after one rank's failure the group waits to hear what became of the others: which of them died."""
 
 
 class RankActor:
-    """One rank; `run` blocks in one thread while `progress` and `stop` are answered by others."""
+    """One rank; `run` blocks in one thread while `progress`, `report_score` and `stop` are answered by others."""
 
     def __init__(self) -> None:
         self._learner: Any = None
@@ -39,6 +52,11 @@ class RankActor:
 
         return ray.util.get_node_ip_address(), free_port()
 
+    def process_id(self) -> int:
+        import os
+
+        return os.getpid()
+
     def prepare(
         self,
         config: LearnerConfig,
@@ -46,6 +64,7 @@ class RankActor:
         rank: int,
         world_size: int,
         master: tuple[str, int],
+        scorer: Scorer | None = None,
     ) -> None:
         """Make the learner; raises what its constructor raises."""
         import os
@@ -53,13 +72,17 @@ class RankActor:
         from learner.trainer import Learner
 
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]), OMP_NUM_THREADS=str(config.threads))
-        self._learner = Learner(config, source, rank=rank, world_size=world_size)
+        self._learner = Learner(config, source, rank=rank, world_size=world_size, scorer=scorer)
 
     def run(self) -> Progress:
         return self._learner.run()
 
     def progress(self) -> Progress:
         return self._learner.progress() if self._learner is not None else Progress()
+
+    def report_score(self, step: int, score: float) -> None:
+        if self._learner is not None:
+            self._learner.report_score(step, score)
 
     def stop(self) -> None:
         if self._learner is not None:
@@ -69,10 +92,30 @@ class RankActor:
 class LearnerGroup:
     """All ranks. Make one with `start`; end it with `shutdown`."""
 
-    def __init__(self, actors: list[Any], placement: Any) -> None:
-        self._actors = actors
+    def __init__(
+        self,
+        config: LearnerConfig,
+        source: TrajectorySource,
+        placement: Any,
+        *,
+        actor_options: Mapping[str, Any],
+        scorer: Scorer | None,
+        timeout_s: float,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._scorer = scorer
         self._placement = placement
+        self._actor_options = dict(actor_options)
+        self._timeout_s = timeout_s
+        self._actors: list[Any] = []
         self._refs: list[Any] = []
+        self._last = Progress()
+        self._stopping = False
+        self._failed: LearnerError | None = None
+        self._restarting: threading.Thread | None = None
+        self.restarts = 0
+        """How many times the ranks were started again."""
 
     @classmethod
     def start(
@@ -83,13 +126,13 @@ class LearnerGroup:
         cpus_per_rank: float = 1.0,
         gpus_per_rank: float = 0.0,
         env_vars: Mapping[str, str] | None = None,
+        scorer: Scorer | None = None,
         timeout_s: float = 120.0,
     ) -> LearnerGroup:
-        """Start `config.ranks` actors, all or none. Raises `LearnerError` when the cluster has no room for them in
-        time."""
+        """Start `config.ranks` actors, all or none; `scorer` is pickled to rank 0 like the source. Raises
+        `LearnerError` when the cluster has no room for them in time."""
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         bundle = {"CPU": cpus_per_rank, **({"GPU": gpus_per_rank} if gpus_per_rank else {})}
         placement = placement_group([bundle] * config.ranks, strategy="PACK")
@@ -107,28 +150,15 @@ class LearnerGroup:
             **({} if gpus_per_rank else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
             **(env_vars or {}),
         }
-        actor = ray.remote(RankActor)
-        actors = [
-            actor.options(
-                num_cpus=cpus_per_rank,
-                num_gpus=gpus_per_rank,
-                max_concurrency=4,
-                runtime_env={"env_vars": variables},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=i),
-            ).remote()
-            for i in range(config.ranks)
-        ]
-        group = cls(actors, placement)
+        options = {
+            "num_cpus": cpus_per_rank,
+            "num_gpus": gpus_per_rank,
+            "max_concurrency": 4,
+            "runtime_env": {"env_vars": variables},
+        }
+        group = cls(config, source, placement, actor_options=options, scorer=scorer, timeout_s=timeout_s)
         try:
-            left_s = max(1.0, timeout_s - (time.monotonic() - begun))
-            master = ray.get(actors[0].address.remote(), timeout=left_s)
-            ray.get(
-                [
-                    one.prepare.remote(config, source if i == 0 else None, i, config.ranks, master)
-                    for i, one in enumerate(actors)
-                ],
-                timeout=left_s,
-            )
+            group._start_ranks(max(1.0, timeout_s - (time.monotonic() - begun)))
         except BaseException:
             group.shutdown()
             raise
@@ -141,60 +171,156 @@ class LearnerGroup:
         return list(self._refs)
 
     def progress(self, timeout_s: float = 10.0) -> Progress:
-        """Rank 0's snapshot. Raises `LearnerError` when it is dead or silent."""
+        """Rank 0's snapshot; while ranks are started again, the last one. Raises `LearnerError` when rank 0 is silent,
+        or dead for good."""
         import ray
         import ray.exceptions
 
-        try:
-            return ray.get(self._actors[0].progress.remote(), timeout=timeout_s)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            raise LearnerError(f"rank 0 of the learner does not answer: {error}") from error
+        if self._failed is not None:
+            raise LearnerError(f"rank 0 of the learner does not answer: {self._failed}") from self._failed
+        if self._restarting is None:
+            try:
+                last: Any = ray.get(self._actors[0].progress.remote(), timeout=timeout_s)
+                self._last = last
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                dead = isinstance(error, ray.exceptions.RayActorError)
+                if not (dead and self._refs and self.restarts < self._config.restarts):  # else: `finished` sees to it
+                    raise LearnerError(f"rank 0 of the learner does not answer: {error}") from error
+        return dataclasses.replace(self._last, restarts=self.restarts)
+
+    def process_ids(self, timeout_s: float = 10.0) -> list[int]:
+        """Of each rank, on its own machine."""
+        import ray
+
+        return ray.get([actor.process_id.remote() for actor in self._actors], timeout=timeout_s)
+
+    def report_score(self, step: int, score: float) -> None:
+        """The score of the student in `progress().candidates[step]`; see `learner.model_selection`. One that is lost
+        with a dying rank is asked for again, as the student is handed out again."""
+        self._actors[0].report_score.remote(step, score)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ask for an end after the present step, with checkpoint and export; `result` then returns."""
         import ray
 
-        ray.get([actor.stop.remote() for actor in self._actors], timeout=timeout_s)
+        self._stopping = True
+        if self._restarting is None:
+            ray.get([actor.stop.remote() for actor in self._actors], timeout=timeout_s)
 
     def finished(self, timeout_s: float = 0.0) -> bool:
-        """Whether all ranks have ended well. Raises `LearnerError` as soon as one has failed or died."""
+        """Whether all ranks have ended well. Starts dead ranks again, in the background. Raises `LearnerError` as soon
+        as a rank has failed, or died once too often."""
         import ray
 
         if not self._refs:
             raise LearnerError("the learner was not told to run; call run() first")
         deadline = time.monotonic() + timeout_s
-        waiting = list(self._refs)
-        while waiting:
+        while True:
             left_s = max(0.0, deadline - time.monotonic())
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=left_s)
-            for ref in ready:
-                try:
-                    ray.get(ref)
-                except Exception as error:
-                    rank = self._refs.index(ref)
-                    self._kill()
-                    raise LearnerError(f"rank {rank} of the learner failed: {error}") from error
-            if not ready:
-                return False
-        return True
+            if self._restarting is not None:
+                self._restarting.join(left_s)
+                if self._restarting.is_alive():
+                    return False
+                self._restarting = None
+            if self._failed is not None:
+                raise self._failed
+            left_s = max(0.0, deadline - time.monotonic())
+            ready, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0.0)
+            if waiting and not any(_error_of(ref) for ref in ready):
+                ready, _ = ray.wait(waiting, num_returns=1, timeout=left_s)
+                if not ready:
+                    return False
+            if any(_error_of(ref) for ref in ready):
+                self._after_failure()
+            elif len(ready) == len(self._refs):
+                return True
 
     def result(self, timeout_s: float) -> Progress:
-        """Wait for the end. Raises `LearnerError` when a rank failed or died, or when `timeout_s` is over."""
+        """Wait for the end. Raises `LearnerError` when a rank failed or died too often, or when `timeout_s` is over."""
         import ray
 
         if not self.finished(timeout_s):
             raise LearnerError(f"the learner is not done after {timeout_s} s: {self.progress()}")
-        return ray.get(self._refs[0])
+        final: Any = ray.get(self._refs[0])
+        return dataclasses.replace(final, restarts=self.restarts)
 
     def shutdown(self) -> None:
         """End the actors and free their place; may be called twice."""
         from ray.util.placement_group import remove_placement_group
 
+        if self._failed is None:
+            self._failed = LearnerError("the learner was shut down")
         self._kill()
         if self._placement is not None:
             with contextlib.suppress(Exception):
-                remove_placement_group(self._placement)
+                remove_placement_group(self._placement)  # ends actors that are being started in it, too
             self._placement = None
+        if self._restarting is not None:
+            self._restarting.join(DEATH_NOTICE_S)
+
+    # -- starting, and starting again
+
+    def _start_ranks(self, timeout_s: float) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        config, placement = self._config, self._placement
+        assert placement is not None
+        actor = ray.remote(RankActor)
+        self._actors = [
+            actor.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=i),
+                **self._actor_options,
+            ).remote()
+            for i in range(config.ranks)
+        ]
+        deadline = time.monotonic() + timeout_s
+        master = ray.get(self._actors[0].address.remote(), timeout=timeout_s)
+        prepared = [
+            one.prepare.remote(
+                config,
+                self._source if i == 0 else None,
+                i,
+                config.ranks,
+                master,
+                self._scorer if i == 0 else None,
+            )
+            for i, one in enumerate(self._actors)
+        ]
+        ray.get(prepared, timeout=max(1.0, deadline - time.monotonic()))
+
+    def _after_failure(self) -> None:
+        """Some rank failed: find out which one to blame, and begin again or fail for good."""
+        import ray
+
+        ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
+        ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0.0)
+        errors = {self._refs.index(ref): error for ref in ready if (error := _error_of(ref)) is not None}
+        rank, error, died = to_blame(errors)
+        self._kill()
+        if died and self.restarts < self._config.restarts:
+            self.restarts += 1
+            self._restarting = threading.Thread(target=self._restart, name="learner-restart", daemon=True)
+            self._restarting.start()
+            return
+        again = f" (and was started again {self.restarts} times before)" if self.restarts else ""
+        self._failed = LearnerError(f"rank {rank} of the learner failed{again}: {error}")
+        self._failed.__cause__ = error
+
+    def _restart(self) -> None:
+        import ray
+
+        try:
+            # The old ranks must be gone: they write into the same folder.
+            ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
+            self._start_ranks(self._timeout_s)
+            self._refs = [actor.run.remote() for actor in self._actors]
+            if self._stopping:
+                self.stop()
+        except Exception as error:
+            self._kill()
+            self._failed = LearnerError(f"the learner's ranks could not be started again: {error}")
+            self._failed.__cause__ = error
 
     def _kill(self) -> None:
         import ray
@@ -202,3 +328,28 @@ class LearnerGroup:
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
+
+
+def to_blame(errors: Mapping[int, Exception]) -> tuple[int, Exception, bool]:
+    """(rank, its error, whether it died) of the failure that caused the others.
+
+    A rank that died comes first, then one that raised something of its own; one that only lost the others is blamed
+    when there is nobody else, and taken for a death: somewhere there is a rank that hangs.
+    """
+    from ray.exceptions import RayTaskError
+
+    died = {rank: error for rank, error in errors.items() if not isinstance(error, RayTaskError)}
+    raised = {rank: error for rank, error in errors.items() if not isinstance(error, RankLostError)}
+    rank = min(died or raised or errors)
+    return rank, errors[rank], rank in died or not raised
+
+
+def _error_of(ref: Any) -> Exception | None:
+    """Of a call that has ended."""
+    import ray
+
+    try:
+        ray.get(ref)
+    except Exception as error:
+        return error
+    return None

@@ -137,5 +137,17 @@ class RankWork:
             export_student(folder, weights=weights, config=self.config, facts=facts)
 
 
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether this is what torch's collectives raise when another rank is gone or silent."""
+    import torch.distributed as distributed
+
+    told: BaseException | None = error
+    while told is not None:
+        if isinstance(told, distributed.DistError) or (isinstance(told, RuntimeError) and "gloo" in str(told)):
+            return True
+        told = told.__cause__
+    return False
+
+
 def _as_outcome(result: StepOutcome | float) -> StepOutcome:
     return result if isinstance(result, StepOutcome) else StepOutcome(grad_norm=float(result))
