@@ -58,10 +58,11 @@ def run(workload: Workload, settings: BareSettings, folder: Path) -> Measured:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = MuonAdamW(parameter_groups(model, config))
     steps = list(_steps(workload.rows, workload.rows_per_step, config.micro_batch_tokens))
-    clock, first_loss = Clock(), 0.0
+    clock, losses = Clock(), list[Any]()
     for i, step in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate_factor(i)
+        losses.append(0.0)
         for ids, selected, targets, weights in step.micro_batches:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 hidden = decoder(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
@@ -69,14 +70,18 @@ def run(workload: Workload, settings: BareSettings, folder: Path) -> Measured:
             nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
             loss = (nll * weights).sum() / step.total_weight
             loss.backward()
-            if i == 0:
-                first_loss += float(loss.detach())
+            losses[-1] += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIPPING)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock.step(tokens=step.tokens, trained=step.trained)
+        clock.step()
     model.set_attn_implementation("sdpa")
-    return clock.measured(validation_loss=loss_of(model, workload.held_out), first_loss=first_loss)
+    return clock.measured(
+        tokens=[step.tokens for step in steps],
+        trained=[step.trained for step in steps],
+        losses=[float(loss) for loss in losses],
+        validation_loss=loss_of(model, workload.held_out),
+    )
 
 
 def _steps(rows: Sequence[Example], rows_per_step: int, micro_batch_tokens: int) -> list[_Step]:

@@ -43,8 +43,8 @@ def learner_config(
         optimizer=optimizer,
         lr=LR,
         muon_lr=MUON_LR,
+        schedule="constant",
         warmup_steps=WARMUP_STEPS,
-        final_lr_fraction=1.0,
         gradient_clipping=GRADIENT_CLIPPING,
         rows_per_step=rows_per_step,
         max_row_tokens=MAX_ROW_TOKENS,
@@ -64,26 +64,37 @@ class ListSource:
         return [self._left.pop() for _ in range(count)] or None
 
 
+class ClockedSteps:
+    """The `on_progress` of a learner: what each of its steps trained, and when it ended."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self._seen: list[Progress] = [Progress()]
+
+    def after_step(self, now: Progress) -> None:
+        self.clock.step()
+        self._seen.append(now)
+
+    def measured(self, **measured: float) -> Measured:
+        pairs = list(zip(self._seen, self._seen[1:], strict=False))
+        return self.clock.measured(
+            tokens=[now.tokens - before.tokens for before, now in pairs],
+            trained=[now.trained_tokens - before.trained_tokens for before, now in pairs],
+            losses=[now.loss for _, now in pairs],
+            **measured,
+        )
+
+
 def run(workload: Workload, settings: OurSettings, folder: Path) -> Measured:
     """Train once; `folder` takes the checkpoint and the student."""
     from transformers import AutoModelForCausalLM
 
     from learner.trainer import Learner
 
-    clock, before, losses = Clock(), Progress(), list[float]()
-
-    def after_step(now: Progress) -> None:
-        nonlocal before
-        clock.step(tokens=now.tokens - before.tokens, trained=now.trained_tokens - before.trained_tokens)
-        losses.append(now.loss)
-        before = now
-
+    steps = ClockedSteps()
     config = learner_config(folder, optimizer=settings.optimizer, rows_per_step=workload.rows_per_step)
-    final = Learner(config, ListSource(workload.trajectories), on_progress=after_step).run()
+    final = Learner(config, ListSource(workload.trajectories), on_progress=steps.after_step).run()
     student = AutoModelForCausalLM.from_pretrained(str(final.student_dir))
-    return clock.measured(
-        validation_loss=loss_of(student, workload.held_out),
-        first_loss=losses[0],
-        in_steps_s=final.train_s,
-        waited_s=final.wait_s,
+    return steps.measured(
+        validation_loss=loss_of(student, workload.held_out), in_steps_s=final.train_s, waited_s=final.wait_s
     )

@@ -19,6 +19,7 @@ Example::
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from benchmarks.learner_ours import GRADIENT_CLIPPING, learner_config
 from benchmarks.learner_world import BASE_STUDENT, MAX_ROW_TOKENS, Clock, Measured, Workload, rate_factor
 from benchmarks.learner_world import validation_loss as loss_of
 from learner.config import OptimizerName
+from learner.examples import Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +44,17 @@ class TrlSettings:
     """`per_device_train_batch_size`; packed rows where packed."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     loader_workers: int = 0
+    compile: bool = False
+    """torch.compile the model."""
 
     def describe(self) -> str:
         workers = f", {self.loader_workers} loader workers" if self.loader_workers else ""
-        return f"{self.batching}, {self.micro_batch_rows} rows a micro-batch, {self.attention} attention{workers}"
+        compiled = ", compiled" if self.compile else ""
+        rows = "row" if self.micro_batch_rows == 1 else "rows"
+        return (
+            f"{self.batching}, {self.micro_batch_rows} {rows} a micro-batch, {self.attention} attention"
+            f"{workers}{compiled}"
+        )
 
 
 BEST = TrlSettings(batching="padded", micro_batch_rows=1)
@@ -64,67 +73,88 @@ CANDIDATES = (
     TrlSettings(batching="packed", micro_batch_rows=1),
     TrlSettings(batching="packed", micro_batch_rows=2),
     TrlSettings(batching="packed", micro_batch_rows=1, attention="eager"),
-    TrlSettings(batching="padded", micro_batch_rows=4, attention="eager", loader_workers=1),
+    TrlSettings(batching="padded", micro_batch_rows=1, loader_workers=1),
+    TrlSettings(batching="padded", micro_batch_rows=1, compile=True),
 )
 
 
 def run(workload: Workload, settings: TrlSettings, folder: Path) -> Measured:
     """Train once; nothing is saved to `folder`. Raises `RuntimeError` when TRL did not train on what it was given."""
-    import datasets
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM
     from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
 
     from learner.optimizers import MuonAdamW, parameter_groups
 
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=UserWarning)
     packed = settings.batching == "packed"
     average = workload.tokens / len(workload.rows)
     per_step = max(1, round(workload.rows_per_step * average / MAX_ROW_TOKENS)) if packed else workload.rows_per_step
+    rows = min(settings.micro_batch_rows, per_step)
     arguments = SFTConfig(
-        output_dir=str(folder),
         num_train_epochs=1,
-        per_device_train_batch_size=min(settings.micro_batch_rows, per_step),
-        gradient_accumulation_steps=max(1, per_step // settings.micro_batch_rows),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=per_step // rows,
         train_sampling_strategy="group_by_length" if settings.batching == "grouped" else "sequential",
         packing=packed,
         padding_free=settings.batching == "padding_free",
         max_length=MAX_ROW_TOKENS if packed else None,
         max_grad_norm=GRADIENT_CLIPPING,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         gradient_checkpointing=False,
         dataloader_num_workers=settings.loader_workers,
-        dataloader_pin_memory=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        torch_compile=settings.compile,
+        **common_arguments(folder),
     )
     model = AutoModelForCausalLM.from_pretrained(
         BASE_STUDENT, dtype=torch.float32, attn_implementation=settings.attention
     )
-    model.config.use_cache = False
     config = learner_config(folder, optimizer=settings.optimizer, rows_per_step=workload.rows_per_step)
     optimizer = MuonAdamW(parameter_groups(model, config))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
-    clock, counts = Clock(), _Counts()
+    steps = fit(model, workload.rows, arguments, optimizer=optimizer, student=BASE_STUDENT)
+    if sum(steps.trained) != workload.trained_tokens:
+        raise RuntimeError(f"TRL trained on {sum(steps.trained)} tokens of {workload.trained_tokens}")
+    model.set_attn_implementation("sdpa")
+    return steps.measured(validation_loss=loss_of(model, workload.held_out))
+
+
+def common_arguments(folder: Path) -> dict[str, Any]:
+    """Of `SFTConfig`: bf16 products, and nothing written or told while the clock runs."""
+    return {
+        "output_dir": str(folder),
+        "bf16": True,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def fit(model: Any, rows: Sequence[Example], arguments: Any, *, optimizer: Any, student: Path) -> TrlSteps:
+    """Train `model` in place with TRL's own steps, under the schedule of all sides."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    model.config.use_cache = False
+    steps = TrlSteps()
 
     class Trainer(SFTTrainer):
-        """Counts what it is fed; TRL's own step."""
+        """Notes what it is fed."""
 
         def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-            counts.add(inputs)
+            steps.fed(inputs)
             loss = super().training_step(model, inputs, *rest, **named)
-            counts.first_loss(loss)
+            steps.lost(loss)
             return loss
 
     class Steps(TrainerCallback):
         def on_step_end(self, *rest: Any, **named: Any) -> None:
-            clock.step(tokens=counts.tokens, trained=counts.trained)
-            counts.next_step()
+            steps.ended()
 
     trainer = Trainer(
         model=model,
@@ -135,38 +165,48 @@ def run(workload: Workload, settings: TrlSettings, folder: Path) -> Measured:
                     "input_ids": list(row.token_ids),
                     "labels": [i if w > 0 else -100 for i, w in zip(row.token_ids, row.loss_weights, strict=True)],
                 }
-                for row in workload.rows
+                for row in rows
             ]
         ),
-        processing_class=AutoTokenizer.from_pretrained(BASE_STUDENT),
-        optimizers=(optimizer, schedule),
+        processing_class=AutoTokenizer.from_pretrained(student),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)),
         callbacks=[Steps()],
     )
     trainer.train()
-    if counts.all_trained != workload.trained_tokens:
-        raise RuntimeError(f"TRL trained on {counts.all_trained} tokens of {workload.trained_tokens}")
-    model.set_attn_implementation("sdpa")
-    return clock.measured(validation_loss=loss_of(model, workload.held_out), first_loss=counts.loss)
+    return steps
 
 
-class _Counts:
-    """Tokens that TRL's steps were fed, padding left out."""
+class TrlSteps:
+    """What TRL's steps were fed, padding left out. Sums stay on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self.tokens = self.trained = self.all_trained = self.steps = 0
-        self.loss = 0.0
+        self._clock = Clock()
+        self._tokens: list[Any] = [0]
+        self._trained: list[Any] = [0]
+        self._losses: list[Any] = [0.0]
 
-    def add(self, inputs: dict[str, Any]) -> None:
+    def fed(self, inputs: dict[str, Any]) -> None:
         mask = inputs.get("attention_mask")
-        self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        trained = int((inputs["labels"] != -100).sum())
-        self.trained += trained
-        self.all_trained += trained
+        self._tokens[-1] += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self._trained[-1] += (inputs["labels"] != -100).sum()
 
-    def first_loss(self, loss: Any) -> None:
-        if self.steps == 0:
-            self.loss += float(loss)
+    def lost(self, loss: Any) -> None:
+        self._losses[-1] += loss.detach()
 
-    def next_step(self) -> None:
-        self.steps += 1
-        self.tokens = self.trained = 0
+    def ended(self) -> None:
+        self._clock.step()
+        for sums in (self._tokens, self._trained, self._losses):
+            sums.append(0)
+
+    @property
+    def trained(self) -> list[int]:
+        """[steps]"""
+        return [int(count) for count in self._trained[:-1]]
+
+    def measured(self, **measured: float) -> Measured:
+        return self._clock.measured(
+            tokens=[int(count) for count in self._tokens[:-1]],
+            trained=self.trained,
+            losses=[float(loss) for loss in self._losses[:-1]],
+            **measured,
+        )

@@ -10,13 +10,14 @@ Example::
 
     workload = make_workload(rows=768, held_out=128)
     clock = Clock()
-    clock.step(tokens=5_600, trained=2_700)           # after each step; tokens of that step
-    measured = clock.measured(validation_loss=validation_loss(model, workload.held_out))
+    clock.step()                                      # after each step
+    measured = clock.measured(tokens=[5_600, ...], trained=[2_700, ...], losses=[4.5, ...])
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,9 +86,10 @@ class Measured:
     cpu_s: float
     """Processor seconds of the process, all threads."""
     validation_loss: float
-    """Of the weights at the end."""
-    first_loss: float = 0.0
-    """Training loss of the first step, where the side tells it: all sides must agree on it."""
+    """Of the weights at the end; NaN where it was not measured."""
+    first_loss: float
+    """Training loss of the first step: all sides that begin with the same rows agree on it."""
+    last_loss: float
     extra: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -106,33 +108,48 @@ class Measured:
 
 
 class Clock:
-    """Called after each optimizer step of a side."""
+    """Called after each optimizer step of a side; waits for the GPU where there is one, on every side alike."""
 
     def __init__(self) -> None:
         self._wall_s: list[float] = []
         self._cpu_s: list[float] = []
-        self._tokens: list[int] = []
-        self._trained: list[int] = []
 
-    def step(self, *, tokens: int, trained: int) -> None:
-        """A step has ended; `tokens` and `trained` were its own, without padding."""
+    @property
+    def steps(self) -> int:
+        return len(self._wall_s)
+
+    def step(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._wall_s.append(time.perf_counter())
         self._cpu_s.append(time.process_time())
-        self._tokens.append(tokens)
-        self._trained.append(trained)
 
-    def measured(self, *, validation_loss: float, first_loss: float = 0.0, **extra: float) -> Measured:
-        """Raises ValueError when there were too few steps to count any."""
-        if len(self._wall_s) <= WARM_STEPS:
-            raise ValueError(f"{len(self._wall_s)} steps were run; the first {WARM_STEPS} do not count: train on more")
+    def measured(
+        self,
+        *,
+        tokens: Sequence[int],
+        trained: Sequence[int],
+        losses: Sequence[float],
+        validation_loss: float = math.nan,
+        **extra: float,
+    ) -> Measured:
+        """`tokens`, `trained`: [steps] of each step, without padding. Raises ValueError for too few steps, or for
+        others than were clocked."""
+        if not self.steps == len(tokens) == len(trained) == len(losses):
+            raise ValueError(f"{self.steps} steps were clocked, {len(tokens)} counted, {len(losses)} have a loss")
+        if self.steps <= WARM_STEPS:
+            raise ValueError(f"{self.steps} steps were run; the first {WARM_STEPS} do not count: train on more")
         return Measured(
-            steps=len(self._wall_s) - WARM_STEPS,
-            tokens=sum(self._tokens[WARM_STEPS:]),
-            trained_tokens=sum(self._trained[WARM_STEPS:]),
+            steps=self.steps - WARM_STEPS,
+            tokens=sum(tokens[WARM_STEPS:]),
+            trained_tokens=sum(trained[WARM_STEPS:]),
             wall_s=self._wall_s[-1] - self._wall_s[WARM_STEPS - 1],
             cpu_s=self._cpu_s[-1] - self._cpu_s[WARM_STEPS - 1],
             validation_loss=validation_loss,
-            first_loss=first_loss,
+            first_loss=losses[0],
+            last_loss=losses[-1],
             extra=extra,
         )
 
