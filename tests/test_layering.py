@@ -3,6 +3,7 @@
     envs      nothing of ours                    learner   rollout.trajectory and rollout.rendering alone
     rollout   envs                               launch    all
 
+`learner/audit/__main__.py` is a program, as those of launch/ are, and may import what they may.
 `vllm` is imported in at most one file of rollout/ and `deepspeed` in at most one of learner/, both inside a function,
 so that everything imports without them. A module has a docstring and no name of the standard library, since launchers
 that run a file put its folder on the path. The last tests plant a breach of each rule in a scratch tree and expect it
@@ -26,6 +27,8 @@ MAY_IMPORT = {
     "learner": ("learner", "rollout.trajectory", "rollout.rendering"),
     "launch": ("launch", "envs", "rollout", "learner"),
 }
+PROGRAMS = {Path("learner/audit/__main__.py")}
+"""Outside launch/: nothing imports them but what runs them."""
 ENGINE_HOME = {"vllm": "rollout", "deepspeed": "learner"}
 """Engine -> the only package that may import it, in one file."""
 
@@ -100,11 +103,11 @@ def layer_breaches(root: Path) -> list[str]:
     """Imports of ours across layers that the table above does not allow."""
     ours = {*MAY_IMPORT, "configs", "tests", "benchmarks"}
     return [
-        f"{found}; {file.parts[0]}/ may import {', '.join(MAY_IMPORT[file.parts[0]])}"
+        f"{found}; {layer}/ may import {', '.join(MAY_IMPORT[layer])}"
         for file, tree in modules(root).items()
+        for layer in ["launch" if file in PROGRAMS else file.parts[0]]
         for found in imports(file, tree)
-        if found.top in ours
-        and not any(f"{found.module}.".startswith(f"{allowed}.") for allowed in MAY_IMPORT[file.parts[0]])
+        if found.top in ours and not any(f"{found.module}.".startswith(f"{allowed}.") for allowed in MAY_IMPORT[layer])
     ]
 
 
@@ -151,7 +154,8 @@ def test_every_layer_is_read():
 def scratch(root: Path, **sources: str) -> Path:
     """A tree with one documented module per entry; `envs__sandbox__wire` is envs/sandbox/wire.py."""
     for name, source in sources.items():
-        path = root / f"{name.replace('__', '/')}.py"
+        program = name.endswith("____main__")
+        path = root / f"{name.removesuffix('____main__').replace('__', '/')}{'/__main__' * program}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""Scratch."""\n{source}\n', encoding="utf-8")
     return root
@@ -175,6 +179,13 @@ def scratch(root: Path, **sources: str) -> Path:
 def test_layer_breach_is_named(tmp_path, module, source, names):
     (breach,) = layer_breaches(scratch(tmp_path, **{module: source}))
     assert names in breach and module.replace("__", "/") in breach
+
+
+def test_a_program_imports_what_launch_may_and_its_package_does_not(tmp_path):
+    knows_ledgers = "from rollout.ledger import Ledger"
+    root = scratch(tmp_path, learner__audit____main__=knows_ledgers, learner__audit__report=knows_ledgers)
+    (breach,) = layer_breaches(root)
+    assert "learner/audit/report.py" in breach and "rollout.ledger" in breach
 
 
 def test_allowed_imports_pass(tmp_path):
