@@ -47,6 +47,7 @@ class Refusal(StrEnum):
     TOO_LONG = "too_long"
     NO_WEIGHT = "no_weight"
     SCORES = "scores_do_not_fit"
+    NOT_SAMPLED = "not_sampled"
     OBJECTIVE = "not_for_this_objective"
 
 
@@ -95,8 +96,14 @@ class ExampleMaker:
     `system_prompt`: the student's own; "" for none; None keeps the trajectory's. `span_weights`: span type -> weight of
     its trained tokens, 1 where absent. Sampled token ids are kept when this tokenizer decodes them to the turn's text,
     else (another model's ids, or none) the text is tokenised; where they are kept, their log-probabilities are too (the
-    "behaviour" of the row's scores). `scorer` adds what a teacher or a reward says; `difficulty` rates each row. Raises
-    `RenderingError` for a tokenizer without a provable chat template.
+    "behaviour" of the row's scores). `scorer` adds what a teacher or a reward says; `difficulty` rates each row.
+
+    `successes_only`: a student that imitates learns from what solved its task. Without, it learns from its own rollouts,
+    right or wrong: failed, cut off and unparsable turns are kept, and what was sampled is trained alone (no given
+    beginning of a turn, no stop token that was never chosen). Refused are then rows without the student's own ids, and
+    still what leaks its guide and what failed by our fault.
+
+    Raises `RenderingError` for a tokenizer without a provable chat template.
     """
 
     def __init__(
@@ -108,12 +115,14 @@ class ExampleMaker:
         span_weights: Mapping[str, float] | None = None,
         scorer: Scorer | None = None,
         difficulty: Difficulty | None = None,
+        successes_only: bool = True,
     ) -> None:
         self.renderer = Renderer(tokenizer)
         self.max_row_tokens = max_row_tokens
         self.system_prompt = system_prompt
         self._scorer = scorer
         self._difficulty = difficulty
+        self._successes_only = successes_only
         self.weights = {span: float((span_weights or {}).get(span.value, 1.0)) for span in TRAINED_SPANS}
         """Of a trained token, by its span type."""
 
@@ -122,19 +131,9 @@ class ExampleMaker:
         key = trajectory.key
         if self._difficulty is not None:
             self._difficulty.observe(trajectory)
-        if not trajectory.trainable:
-            return RefusedRow(key, Refusal.NOT_TRAINABLE, str(trajectory.stop_reason))
-        if not trajectory.steps:
-            return RefusedRow(key, Refusal.EMPTY, "no steps")
-        for i, step in enumerate(trajectory.steps):
-            if step.completion.finish_reason != "stop":
-                return RefusedRow(key, Refusal.CUT_OFF, f"turn {i} ended by {step.completion.finish_reason!r}")
-            if not step.completion.text:
-                return RefusedRow(key, Refusal.EMPTY, f"turn {i} has no text")
-            if not _spans_cover(step):
-                return RefusedRow(
-                    key, Refusal.SPANS, f"turn {i}: spans do not cover its {len(step.completion.text)} characters"
-                )
+        refused = self._unfit(trajectory)
+        if refused is not None:
+            return refused
         messages = self.messages(trajectory)
         try:
             row = self.renderer.row(messages)
@@ -145,11 +144,15 @@ class ExampleMaker:
         problem = self._mask_problem(messages, row)
         if problem:
             return RefusedRow(key, Refusal.MASK, problem)
-        weights = tuple(
-            self.weights[span] if trained else 0.0 for span, trained in zip(row.span_types, row.trained, strict=True)
-        )
+        trained = row.trained
+        if not self._successes_only:
+            for i, message in enumerate(m for m in messages if m.role == "assistant"):
+                if message.token_ids is None:
+                    return RefusedRow(key, Refusal.NOT_SAMPLED, f"turn {i} has no token ids of this tokenizer")
+            trained = _sampled(trajectory, row)
+        weights = tuple(self.weights[span] if on else 0.0 for span, on in zip(row.span_types, trained, strict=True))
         if not any(weights):
-            return RefusedRow(key, Refusal.NO_WEIGHT, "every trained span has weight 0")
+            return RefusedRow(key, Refusal.NO_WEIGHT, "no token was sampled, or every trained span has weight 0")
         try:
             scores = self._scores(trajectory, messages, row)
         except ValueError as error:
@@ -165,6 +168,25 @@ class ExampleMaker:
             scores=scores,
             difficulty=None if self._difficulty is None else self._difficulty.of(trajectory, len(row)),
         )
+
+    def _unfit(self, trajectory: Trajectory) -> RefusedRow | None:
+        """Why it is not even rendered."""
+        key = trajectory.key
+        reason = _not_a_success(trajectory) if self._successes_only else _not_a_sample(trajectory)
+        if reason:
+            return RefusedRow(key, Refusal.NOT_TRAINABLE, reason)
+        if not trajectory.steps:
+            return RefusedRow(key, Refusal.EMPTY, "no steps")
+        for i, step in enumerate(trajectory.steps):
+            if self._successes_only and step.completion.finish_reason != "stop":
+                return RefusedRow(key, Refusal.CUT_OFF, f"turn {i} ended by {step.completion.finish_reason!r}")
+            if self._successes_only and not step.completion.text:
+                return RefusedRow(key, Refusal.EMPTY, f"turn {i} has no text")
+            if not _spans_cover(step):
+                return RefusedRow(
+                    key, Refusal.SPANS, f"turn {i}: spans do not cover its {len(step.completion.text)} characters"
+                )
+        return None
 
     def messages(self, trajectory: Trajectory) -> list[Message]:
         """The conversation as the student shall learn it: its own system prompt, ids only where they are the
@@ -234,6 +256,36 @@ def turns_of(trained: Sequence[bool]) -> tuple[int, ...]:
         turns.append(turn if on else -1)
         before = on
     return tuple(turns)
+
+
+def _not_a_success(trajectory: Trajectory) -> str:
+    """Why a student does not imitate it; "" when it does."""
+    if trajectory.trainable:
+        return ""
+    if trajectory.failure is not None or trajectory.leaks:
+        return _not_a_sample(trajectory)
+    if not trajectory.success:
+        return f"no success, stopped by {trajectory.stop_reason}"
+    return "a turn could not be parsed"
+
+
+def _not_a_sample(trajectory: Trajectory) -> str:
+    """Why a student does not even learn from it as a sample; "" when it does."""
+    if trajectory.failure is not None:
+        return f"failed: {trajectory.failure.message}"
+    return f"speaks of a guide that the student does not see: {trajectory.leaks[0]}" if trajectory.leaks else ""
+
+
+def _sampled(trajectory: Trajectory, row: Row) -> list[bool]:
+    """[n] which tokens of a row of sampled ids its policy chose."""
+    sampled = [False] * len(row)
+    for step, (start, _) in zip(trajectory.steps, trained_runs(row.trained), strict=True):
+        completion = step.completion
+        end = start + len(completion.token_ids or ())
+        count = len(completion.logprobs) if completion.logprobs else completion.completion_tokens
+        begin = max(start, end - count)
+        sampled[begin:end] = [True] * (end - begin)
+    return sampled
 
 
 def _behaviour_logprobs(trajectory: Trajectory, messages: list[Message], row: Row) -> np.ndarray | None:

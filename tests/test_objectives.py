@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from learner_samples import TOKENIZER, trajectory
+from transformers import AutoTokenizer
 
-from learner.examples import TRAINED_SPANS, Example, Refusal, RefusedRow
-from learner.group_advantages import group_advantages
+from learner.examples import TRAINED_SPANS, Example, ExampleMaker, Refusal, RefusedRow
+from learner.group_advantages import AdvantageScorer, advantages_of, group_advantages
 from learner.objectives import OBJECTIVES, Objective, TensorBatch, make_objective
 from learner.objectives.divergence import divergence, with_rest
 from learner.objectives.span import SpanObjective
 from learner.packing import empty_micro_batch
 from learner.token_scores import TokenScores
-from rollout.trajectory import SpanType
+from rollout.trajectory import Failure, FailureClass, SpanType
 
 LOG = math.log
 NAN = math.nan
 THOUGHT, CODE, ANSWER, FORMAT = range(4)
 
+OUR_FAULT = Failure(failure_class=FailureClass.ENGINE, message="the engine died")
+
 HALVES = [0.5, 0.25, 0.125, 0.125]
 """A student's probabilities of four tokens."""
+
+
+class SameScores:
+    """A scorer that can be pickled."""
+
+    def __init__(self, scores: TokenScores) -> None:
+        self.scores = scores
+
+    def __call__(self, key: str, token_ids: tuple[int, ...]) -> TokenScores:
+        return self.scores
 
 
 def logits_of(rows: Sequence[Sequence[float]], shift: float = 3.0) -> torch.Tensor:
@@ -290,6 +305,23 @@ def test_advantages_compare_a_rollout_with_its_group() -> None:
         group_advantages([1, 2], ["a"])
 
 
+def test_a_group_is_one_tasks_rollouts_by_one_policy() -> None:
+    base = trajectory(1)
+    rollouts = [
+        dataclasses.replace(base, key="a", policy="s", weights_version="3", reward=1.0),
+        dataclasses.replace(base, key="b", policy="s", weights_version="3", reward=0.0),
+        dataclasses.replace(base, key="older", policy="s", weights_version="2", reward=0.0),
+        dataclasses.replace(trajectory(2), key="other task", policy="s", weights_version="3", reward=0.0),
+        dataclasses.replace(base, key="broken", policy="s", weights_version="3", failure=OUR_FAULT),
+    ]
+    advantages = advantages_of(rollouts, scale=False)
+    assert advantages == {"a": 0.5, "b": -0.5, "older": 0.0, "other task": 0.0}
+    reference = TokenScores(**TEACHER_ROW)
+    scorer = pickle.loads(pickle.dumps(AdvantageScorer(advantages, SameScores(reference))))
+    assert scorer("a", (1,)) == dataclasses.replace(reference, advantage=0.5)
+    assert scorer("broken", (1,)) == reference and AdvantageScorer(advantages)("broken", (1,)) is None
+
+
 # -- what all of them promise
 
 SCORES = {
@@ -373,6 +405,23 @@ def test_an_option_that_cannot_work_is_named(name: str, options: dict[str, Any],
 
 
 # -- rows
+
+
+@pytest.mark.parametrize("name", ["sft", "cot", "span"])
+def test_what_imitates_its_rows_wants_them_right(name: str) -> None:
+    assert make_objective(name).successes_only
+
+
+@pytest.mark.parametrize("name", ["opd", "sod", "grpo"])
+def test_on_policy_rows_may_be_wrong_but_not_broken(name: str) -> None:
+    objective = make_objective(name)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    maker = ExampleMaker(tokenizer, max_row_tokens=512, successes_only=objective.successes_only)
+    assert isinstance(maker.make(trajectory(1, success=False)), Example)
+    for broken in ({"failure": OUR_FAULT}, {"leaks": ("the guide",)}):
+        made = maker.make(dataclasses.replace(trajectory(1, success=False), **broken))
+        assert isinstance(made, RefusedRow) and made.reason == Refusal.NOT_TRAINABLE
+
 
 N = 6
 TEACHER_ROW = {

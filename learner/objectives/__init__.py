@@ -113,6 +113,8 @@ class Objective(Protocol):
     """The scores it works on: what a run must give its examples."""
     falls_back: bool
     """A row without them is trained by cross entropy; else `fit` refuses it."""
+    successes_only: bool
+    """It imitates its rows, so they must be right; else it learns from failed ones too."""
 
     def fit(self, example: Example) -> Example | RefusedRow:
         """The row as it is to be trained: the same, or with less weight on some tokens, or why it cannot be."""

@@ -39,6 +39,7 @@ class GrpoObjective:
 
     name = "grpo"
     falls_back = False
+    successes_only = False
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class OpdObjective:
 
     name = "opd"
     falls_back = False
+    successes_only = False
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class SftObjective:
     name = "sft"
     needs: frozenset[ScoreKind] = frozenset()
     falls_back = True
+    successes_only = True
 
     def parameters(self) -> tuple[()]:
         return ()

@@ -41,6 +41,7 @@ class SpanObjective:
     name = "span"
     needs: frozenset[ScoreKind] = frozenset({"teacher"})
     falls_back = True
+    successes_only = True
 
     def __init__(
         self,
