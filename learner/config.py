@@ -141,6 +141,8 @@ class LearnerConfig:
     """Name of a file in `learner/objectives`."""
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     """Option of that objective -> value, such as {"weights": "learned"} for "span"; its class says which there are."""
+    scores: str = ""
+    """Folder of a teacher's scores of the rows (`launch.score`), for objectives that compare with it; "" for none."""
     span_weights: Mapping[str, float] = field(default_factory=dict)
     """Span type ("thought", "code", "answer", "format") -> weight of its tokens in the loss; 1 where absent."""
     system_prompt: str | None = None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from learner.config import LearnerConfig
 from learner.gradient_guard import StepOutcome
 from learner.packing import MicroBatch
+from learner.publish import write_version
 from learner.step_sums import StepSums, StepTotals
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 class Order:
     """What one rank does next."""
 
-    kind: Literal["step", "validate", "checkpoint", "export", "wait", "end"]
+    kind: Literal["step", "validate", "checkpoint", "export", "publish", "wait", "end"]
     batches: tuple[MicroBatch, ...] = ()
     total_weight: float = 1.0
     lr_factor: float = 0.0
@@ -44,7 +45,9 @@ class Order:
     folder: str = ""
     state: dict[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """For the model card of an export."""
+    """For the model card of an export: of the training."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """For the model card: of what it was trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,9 @@ class RankWork:
         if order.kind == "checkpoint":
             self.backend.save_checkpoint(self.checkpoints, order.step, order.state)
         elif order.kind == "export":
-            self._export(Path(order.folder), order.facts)
+            self.backend.export(Path(order.folder), facts=order.facts, data=order.data)
+        elif order.kind == "publish":
+            write_version(self.backend, Path(order.folder), order.batches, order.facts)
         return Done(seconds=time.monotonic() - begun_s)
 
     def _train_step(self, order: Order, begun_s: float) -> Done:
@@ -92,7 +97,7 @@ class RankWork:
             total, per_token, tensors = self._loss(batch, sums)
             losses.append((per_token, tensors))
             self.backend.backward(total / order.total_weight, last=i + 1 == len(order.batches))
-        outcome = _as_outcome(self.backend.step(order.lr_factor))
+        outcome = self.backend.step(order.lr_factor)
         totals = self._totals(sums)
         suspects = self._suspects(losses, order.rows) if outcome.skipped else ()
         return Done(totals=totals, outcome=outcome, suspects=suspects, seconds=time.monotonic() - begun_s)
@@ -129,13 +134,6 @@ class RankWork:
                     bad[row] = 1.0
         return tuple(i for i, count in enumerate(self.backend.sum_over_ranks(bad)) if count)
 
-    def _export(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        weights = self.backend.full_weights()
-        if weights is not None:
-            from learner.publish import export_student
-
-            export_student(folder, weights=weights, config=self.config, facts=facts)
-
 
 def lost_a_rank(error: BaseException) -> bool:
     """Whether this is what torch's collectives raise when another rank is gone or silent."""
@@ -147,7 +145,3 @@ def lost_a_rank(error: BaseException) -> bool:
             return True
         told = told.__cause__
     return False
-
-
-def _as_outcome(result: StepOutcome | float) -> StepOutcome:
-    return result if isinstance(result, StepOutcome) else StepOutcome(grad_norm=float(result))

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from learner.arrival_log import ArrivalLog
 from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
-from learner.config import LearnerConfig
+from learner.config import ConfigError, LearnerConfig
 from learner.curriculum import Curriculum, held_out, make_ordering
 from learner.examples import Example, ExampleMaker, RefusedRow, Scorer
 from learner.gradient_guard import GradientGuard
 from learner.intake import END, Arrival, Intake
 from learner.model_selection import BestStudent, copy_folder
 from learner.packing import StepPlan, plan_step
+from learner.publish import Publications, WeightPublisher
 from learner.rank_work import Done, Order, RankWork, lost_a_rank
 from learner.schedules import lr_factor
 from learner.speed_meter import SpeedMeter
@@ -39,11 +40,13 @@ from learner.tracking import Tracker, check_installed
 
 if TYPE_CHECKING:
     from learner.deepspeed_backend import DeepSpeedBackend
+    from learner.objectives import Objective
 
 
 class Learner:
     """One rank. `source` is needed on rank 0 alone; `on_progress` is called there after each step, and
-    `scorer` says there what other policies think of a row's tokens.
+    `scorer` says there what other policies think of a row's tokens; `publisher` is handed the weights every
+    `publish_every_steps`.
 
     Raises `ConfigError` at once for settings that cannot work. With `world_size` above 1, MASTER_ADDR and MASTER_PORT
     must be in the environment (`learner.learner_actor` sees to it).
@@ -58,6 +61,7 @@ class Learner:
         world_size: int = 1,
         on_progress: Callable[[Progress], None] | None = None,
         scorer: Scorer | None = None,
+        publisher: WeightPublisher | None = None,
     ) -> None:
         from learner.objectives import make_objective
 
@@ -69,8 +73,10 @@ class Learner:
         self.world_size = world_size
         self._source = source
         self._on_progress = on_progress
-        self._scorer = scorer
+        self._scorer = scorer if scorer is not None or rank != 0 else _stored_scores(config)
         self._objective = make_objective(config.objective, **config.objective_options)
+        if rank == 0:
+            _refuse_missing_scores(config, self._objective, self._scorer)
         self._progress = Progress()
         self._stop = threading.Event()
         self._scores: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
@@ -89,13 +95,18 @@ class Learner:
         self._tokenizer = student_tokenizer(config.model_path) if rank == 0 else None
         self._folder = Path(config.output_dir)
         self._best = BestStudent(config, folder=self._folder)
+        self._publications: Publications | None = None
+        if publisher is not None and config.publish_every_steps:
+            self._publications = Publications(self._folder / "published", publisher, keep=config.keep_published)
         self._guard = GradientGuard(limit=config.max_skipped_steps)
         self._meter = SpeedMeter()
         self._tracker = Tracker([])
 
     def progress(self) -> Progress:
         """The run as it is now; may be called from any thread."""
-        return self._progress
+        if self._publications is None:
+            return self._progress
+        return dataclasses.replace(self._progress, **self._publications.figures())
 
     def stop(self) -> None:
         """End after the present step, with a checkpoint and an export. From any thread; only rank 0's counts."""
@@ -113,6 +124,7 @@ class Learner:
         backend = DeepSpeedBackend(self.config, rank=self.rank, world_size=self.world_size)
         work = RankWork(self.config, backend, self._objective, rank=self.rank, world_size=self.world_size)
         try:
+            backend.train_also(self._objective.parameters())
             state = backend.load_checkpoint(work.checkpoints) if self.config.resume else None
             if self.rank == 0:
                 self._lead(work, state)
@@ -124,7 +136,8 @@ class Learner:
                     kind = order.kind
         except RuntimeError as error:
             if self.world_size > 1 and lost_a_rank(error):
-                raise RankLostError(f"rank {self.rank} lost another rank: {error}") from error
+                told = str(error) if isinstance(error, LearnerError) else f"rank {self.rank} lost another: {error}"
+                raise RankLostError(told) from error
             raise
         finally:
             backend.close()
@@ -143,6 +156,7 @@ class Learner:
             span_weights=self.config.span_weights,
             scorer=self._scorer,
             difficulty=None if ordering is None else ordering.difficulty,
+            successes_only=self._objective.successes_only,
         )
         self._meter = SpeedMeter.of(backend, self.config, ranks=self.world_size)
         assert self._source is not None
@@ -235,6 +249,9 @@ class Learner:
             self._on_progress(self._progress)
         if _is_due(step, self.config.score_every_steps):
             yield from self._hand_out()
+        if self._publications is not None and _is_due(step, self.config.publish_every_steps):
+            yield self._publish_orders(self._publications, backend)
+            self._publications.offer(step)
         for at in sorted(self.config.snapshot_at):
             name = f"{at:g}"
             if fraction >= at and name not in self._progress.snapshots:
@@ -298,7 +315,12 @@ class Learner:
         return self._all(Order(kind="checkpoint", step=self._progress.step, state=self._state()))
 
     def _export_orders(self, folder: Path) -> list[Order]:
-        return self._all(Order(kind="export", folder=str(folder), facts=self._facts()))
+        return self._all(Order(kind="export", folder=str(folder), facts=self._facts(), data=self._data()))
+
+    def _publish_orders(self, publications: Publications, backend: DeepSpeedBackend) -> list[Order]:
+        batches = publications.check_batches(self._curriculum.examples.values(), packed=backend.batching == "packed")
+        folder = publications.folder(self._progress.step)
+        return self._all(Order(kind="publish", folder=str(folder), batches=batches, facts=self._facts()))
 
     def _all(self, order: Order) -> list[Order]:
         return [order] * self.world_size
@@ -425,8 +447,6 @@ class Learner:
             "trained tokens": at.trained_tokens,
             "rows": at.rows,
             "passes over the trajectories": at.epoch,
-            "trajectories trained on": at.examples,
-            "trajectories refused": sum(at.refused.values()),
             "last loss": at.loss,
             "token accuracy": at.accuracy,
             "validation loss": "none held out" if at.validation_loss is None else at.validation_loss,
@@ -436,6 +456,18 @@ class Learner:
         if at.skipped_steps:
             facts["steps skipped for a gradient that is not finite"] = at.skipped_steps
         return facts
+
+    def _data(self) -> dict[str, Any]:
+        """What it was trained on, for the card."""
+        at = self._progress
+        kinds = Counter(row.kind for row in self._curriculum.examples.values())
+        return {
+            "trajectories": at.trajectories,
+            "trained on": at.examples,
+            "held out": at.held_out,
+            "refused": dict(at.refused),
+            "trained on, by kind of task": dict(sorted(kinds.items())),
+        }
 
     # -- state
 
@@ -483,6 +515,28 @@ class Learner:
 
     def _update(self, **changes: Any) -> None:
         self._progress = dataclasses.replace(self._progress, **changes)
+
+
+def _stored_scores(config: LearnerConfig) -> Scorer | None:
+    """The scorer that the configuration names. Raises `ConfigError`."""
+    if not config.scores:
+        return None
+    from learner.stored_scores import StoredScores, StoredScoresError
+
+    try:
+        return StoredScores(config.scores)
+    except StoredScoresError as error:
+        raise ConfigError(f"scores: {error}") from None
+
+
+def _refuse_missing_scores(config: LearnerConfig, objective: Objective, scorer: Scorer | None) -> None:
+    """Every row would be refused, when the first one has been rolled out."""
+    if scorer is None and not objective.falls_back and objective.needs - {"behaviour"}:
+        needed = " and ".join(sorted(objective.needs - {"behaviour"}))
+        raise ConfigError(
+            f"objective {config.objective!r} needs {needed} scores of every row; name a folder of them in "
+            "learner.scores (see python -m launch.score), or hand the learner a scorer"
+        )
 
 
 def _is_due(step: int, every: int) -> bool:

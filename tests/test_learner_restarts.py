@@ -146,6 +146,7 @@ def run_in_child(base: Path, out: Path, *, seed: int, kill_at: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_job_killed_twice_in_mid_step_has_the_curve_of_an_uninterrupted_one(base: Path, tmp_path: Path) -> None:
     Learner(config_of(base, tmp_path / "whole"), ShuffledSource(0)).run()
     whole = curve(tmp_path / "whole")
@@ -178,6 +179,7 @@ def kill_when(group: Any, rank: int, *, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("rank", [0, 1], ids=["the head of the group", "another rank"])
 def test_a_killed_rank_is_started_again_and_the_curve_is_that_of_an_uninterrupted_run(
     ray_cluster: Any, base: Path, tmp_path: Path, rank: int
@@ -200,6 +202,7 @@ def test_a_killed_rank_is_started_again_and_the_curve_is_that_of_an_uninterrupte
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_that_die_too_often_end_the_run(ray_cluster: Any, base: Path, tmp_path: Path) -> None:
     group = group_of(ray_cluster, config_of(base, tmp_path, zero_stage=2, epochs=1000, ranks=2, restarts=1))
     try:
