@@ -98,7 +98,7 @@ class ExampleMaker:
     else (another model's ids, or none) the text is tokenised; where they are kept, their log-probabilities are too (the
     "behaviour" of the row's scores). `scorer` adds what a teacher or a reward says; `difficulty` rates each row.
 
-    `successes_only`: a student that imitates learns from what solved its task. Without, it learns from its own rollouts,
+    `successes_only`: a student that imitates learns from what solved its task. Else it learns from its own rollouts,
     right or wrong: failed, cut off and unparsable turns are kept, and what was sampled is trained alone (no given
     beginning of a turn, no stop token that was never chosen). Refused are then rows without the student's own ids, and
     still what leaks its guide and what failed by our fault.

@@ -160,6 +160,10 @@ class Renderer:
 
     def _encode(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids and end offsets (characters) of a content; text that spells a special token stays plain text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RenderingError(f"content is no valid text: {error}") from error
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
         )
