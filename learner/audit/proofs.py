@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from learner.examples import Example, ExampleMaker
-from learner.packing import plan_step
+from learner.packing import StepPlan, plan_step
 from rollout.rendering import decoded_ends
 from rollout.trajectory import Message, Span, SpanType
 
@@ -156,7 +156,9 @@ def _span_problem(tokenizer: Any, example: Example, start: int, end: int, messag
     return None
 
 
-def check_batches(examples: list[Example], row_tokens: int) -> Iterator[AuditFailure]:
+def check_batches(
+    examples: list[Example], row_tokens: int, planner: Callable[..., StepPlan] = plan_step
+) -> Iterator[AuditFailure]:
     """Every trained token is a target once, where its own prefix precedes it, and weighs the same, in both ways of
     batching."""
     if not examples:
@@ -168,7 +170,7 @@ def check_batches(examples: list[Example], row_tokens: int) -> Iterator[AuditFai
     total = math.fsum(weight for example in examples for weight in example.loss_weights)
     ways: tuple[Literal["bucketed", "packed"], ...] = ("bucketed", "packed")
     for batching in ways:
-        plan = plan_step(examples, ranks=2, micro_batch_tokens=4 * row_tokens, row_tokens=row_tokens, batching=batching)
+        plan = planner(examples, ranks=2, micro_batch_tokens=4 * row_tokens, row_tokens=row_tokens, batching=batching)
         where = f"{batching} batches of {len(examples)} rows from here on"
         got: Counter[int] = Counter()
         weight_sum = 0.0
