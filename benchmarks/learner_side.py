@@ -1,7 +1,7 @@
-"""One run of one side of the learner benchmarks, in a process of its own on one core: `run_side`.
+"""One run of one side of the learner benchmarks, in a process of its own: `run_side`.
 
-A process each, because accelerate and DeepSpeed leave marks on the process that they ran in. The child keeps to one
-core and one thread; its dataloader workers, if any, share that core.
+A process each, because accelerate and DeepSpeed leave marks on the process that they ran in. The child of a CPU side
+keeps to one core and one thread; its dataloader workers, if any, share that core.
 
 Example::
 
@@ -28,10 +28,21 @@ if not __package__:  # run as a file: imports come from the repository's root
 
 from benchmarks.learner_world import Measured, Workload
 
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    module: str
+    settings: str
+    run: str = "run"
+    one_core: bool = True
+
+
 SIDES = {
-    "ours": ("benchmarks.learner_ours", "OurSettings"),
-    "trl": ("benchmarks.learner_trl", "TrlSettings"),
-    "bare": ("benchmarks.learner_bare_loop", "BareSettings"),
+    "ours": _Side(module="benchmarks.learner_ours", settings="OurSettings"),
+    "trl": _Side(module="benchmarks.learner_trl", settings="TrlSettings"),
+    "bare": _Side(module="benchmarks.learner_bare_loop", settings="BareSettings"),
+    "gpu_ours": _Side(module="benchmarks.learner_gpu_sides", settings="GpuSettings", run="run_ours", one_core=False),
+    "gpu_trl": _Side(module="benchmarks.learner_gpu_sides", settings="GpuSettings", run="run_trl", one_core=False),
 }
 TIMEOUT_S = 1800.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,22 +73,28 @@ def run_side(side: str, workload: Path, settings: Mapping[str, Any]) -> Measured
     return Measured(**json.loads(found[-1].removeprefix(_MARK)))
 
 
+def _keep_to_one_core() -> None:
+    import torch
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("side", choices=sorted(SIDES))
     parser.add_argument("workload", type=Path)
     parser.add_argument("settings", type=json.loads)
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    import torch
-
-    torch.set_num_threads(1)
-    module, settings = SIDES[options.side]
-    side = importlib.import_module(module)
+    side = SIDES[options.side]
+    if side.one_core:
+        _keep_to_one_core()
+    module = importlib.import_module(side.module)
     workload = pickle.loads(options.workload.read_bytes())
     with tempfile.TemporaryDirectory(prefix="learner-benchmark-") as folder:
-        measured = side.run(workload, getattr(side, settings)(**options.settings), Path(folder))
+        settings = getattr(module, side.settings)(**options.settings)
+        measured = getattr(module, side.run)(workload, settings, Path(folder))
     print(_MARK + json.dumps(dataclasses.asdict(measured)), flush=True)
 
 

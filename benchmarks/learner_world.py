@@ -55,6 +55,7 @@ class Workload:
     """[trajectories] the same, rendered."""
     held_out: tuple[Example, ...]
     rows_per_step: int
+    """0: a step is so many tokens instead."""
     trajectories_per_s: float
     """How fast the expert made them, on an otherwise idle process."""
 
@@ -70,7 +71,8 @@ class Workload:
         lengths = sorted(len(row) for row in self.rows)
         return (
             f"{len(self.rows)} rows of {lengths[0]} to {lengths[-1]} tokens, {self.tokens / len(self.rows):.0f} on "
-            f"average, {self.trained_tokens / self.tokens:.0%} of them trained, {self.rows_per_step} rows a step"
+            f"average, {self.trained_tokens / self.tokens:.0%} of them trained"
+            + (f", {self.rows_per_step} rows a step" if self.rows_per_step else "")
         )
 
 
