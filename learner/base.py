@@ -118,6 +118,12 @@ class Progress:
     best_dir: str | None = None
     candidates: Mapping[str, str] = field(default_factory=dict)
     """Step -> folder of a student that waits for its score (`best_by` "rollout_score")."""
+    published: str = ""
+    """The newest version of the weights that is in use, a folder in `published/` (`learner.publish`)."""
+    publish_told: str = ""
+    """What was told of the last one that was handed on."""
+    publish_failures: int = 0
+    """Versions that nobody took, in this process."""
     stopped_early: bool = False
     """No better student came within `patience`."""
     done: bool = False

@@ -278,7 +278,7 @@ class DeepSpeedBackend:
     def _gathered(self) -> dict[str, torch.Tensor] | None:
         """Rank 0: the model's whole weights on the CPU, of LoRA the adapters alone, as the trained model names them."""
         adapters_alone = self.config.lora is not None
-        with self._as_exported():
+        with self.as_exported():
             if self.config.zero_stage == 3:
                 weights = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters_alone)
             else:
@@ -293,7 +293,7 @@ class DeepSpeedBackend:
             }
 
     @contextlib.contextmanager
-    def _as_exported(self) -> Iterator[None]:
+    def as_exported(self) -> Iterator[None]:
         """The average in the model's place, where it is what is exported."""
         if self.average is None or self.config.ema is None or not self.config.ema.export:
             yield

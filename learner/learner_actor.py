@@ -33,6 +33,7 @@ from learner.config import LearnerConfig
 
 if TYPE_CHECKING:
     from learner.examples import Scorer
+    from learner.publish import WeightPublisher
 
 DEATH_NOTICE_S = 15.0
 """How long after one rank's failure the group waits to hear what became of the others: which of them died."""
@@ -65,6 +66,7 @@ class RankActor:
         world_size: int,
         master: tuple[str, int],
         scorer: Scorer | None = None,
+        publisher: WeightPublisher | None = None,
     ) -> None:
         """Make the learner; raises what its constructor raises."""
         import os
@@ -72,7 +74,7 @@ class RankActor:
         from learner.trainer import Learner
 
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]), OMP_NUM_THREADS=str(config.threads))
-        self._learner = Learner(config, source, rank=rank, world_size=world_size, scorer=scorer)
+        self._learner = Learner(config, source, rank=rank, world_size=world_size, scorer=scorer, publisher=publisher)
 
     def run(self) -> Progress:
         return self._learner.run()
@@ -100,11 +102,13 @@ class LearnerGroup:
         *,
         actor_options: Mapping[str, Any],
         scorer: Scorer | None,
+        publisher: WeightPublisher | None,
         timeout_s: float,
     ) -> None:
         self._config = config
         self._source = source
         self._scorer = scorer
+        self._publisher = publisher
         self._placement = placement
         self._actor_options = dict(actor_options)
         self._timeout_s = timeout_s
@@ -127,10 +131,11 @@ class LearnerGroup:
         gpus_per_rank: float = 0.0,
         env_vars: Mapping[str, str] | None = None,
         scorer: Scorer | None = None,
+        publisher: WeightPublisher | None = None,
         timeout_s: float = 120.0,
     ) -> LearnerGroup:
-        """Start `config.ranks` actors, all or none; `scorer` is pickled to rank 0 like the source. Raises
-        `LearnerError` when the cluster has no room for them in time."""
+        """Start `config.ranks` actors, all or none; `scorer` and `publisher` are pickled to rank 0 like the source.
+        Raises `LearnerError` when the cluster has no room for them in time."""
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -156,7 +161,15 @@ class LearnerGroup:
             "max_concurrency": 4,
             "runtime_env": {"env_vars": variables},
         }
-        group = cls(config, source, placement, actor_options=options, scorer=scorer, timeout_s=timeout_s)
+        group = cls(
+            config,
+            source,
+            placement,
+            actor_options=options,
+            scorer=scorer,
+            publisher=publisher,
+            timeout_s=timeout_s,
+        )
         try:
             group._start_ranks(max(1.0, timeout_s - (time.monotonic() - begun)))
         except BaseException:
@@ -284,6 +297,7 @@ class LearnerGroup:
                 config.ranks,
                 master,
                 self._scorer if i == 0 else None,
+                self._publisher if i == 0 else None,
             )
             for i, one in enumerate(self._actors)
         ]

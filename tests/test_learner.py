@@ -195,7 +195,7 @@ def test_the_export_is_the_trained_student_for_transformers(base: Path, tmp_path
 
 
 def test_scores_can_be_added_to_the_card(base: Path, tmp_path: Path) -> None:
-    from learner.publish import write_card
+    from learner.export import write_card
 
     final, _ = train(config_of(base, tmp_path), ROWS[:8])
     assert "## Scores" not in Path(str(final.student_dir), "README.md").read_text()
