@@ -1,8 +1,10 @@
-"""Fixtures that several test files share: one Ray cluster for the whole session, started only if a test asks for it."""
+"""Fixtures that several test files share: one Ray cluster and one S3 server for the whole session, each started only if
+a test asks for it."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,48 @@ def ray_cluster() -> Iterator[Any]:
     os.environ.update(RAY_ENV_VARS)  # Ray reads them when it is imported
     import ray
 
-    # Workers import the packages under test from the checkout, wherever pytest was started from.
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    ray.init(
-        address="local",  # never join a cluster that happens to run on this machine
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=200 << 20,
-        runtime_env={"env_vars": {**RAY_ENV_VARS, "PYTHONPATH": os.pathsep.join(filter(None, paths))}},
-    )
+    # Workers import the packages under test from the checkout, wherever pytest was started from. They inherit this:
+    # with a `runtime_env` Ray would start Python twice for each, and none could be used again.
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([path] if path else [])])
+    try:
+        ray.init(
+            address="local",  # never join a cluster that happens to run on this machine
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=200 << 20,
+        )
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of an S3-compatible server without a bucket; tests share it: give each its own bucket or folder."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def signals_kept() -> Iterator[None]:
+    """For a command that is run in this process: what it does on SIGINT and SIGTERM ends with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

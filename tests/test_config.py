@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launch import distill
 from launch.config import DIALECT_OF_ENV, CollectConfig, DistillConfig
 from launch.config_reading import CONFIG_FOLDER, NOT_COLLECTED, compose, load_config, parse_config, to_plain
 from launch.run_folder import RunFolder, RunFolderError
@@ -141,9 +143,17 @@ def test_overrides_reach_fields_that_no_yaml_names():
     assert compose(["seed=4"])["run_dir"] == "runs/starter-seed4"
 
 
-def job(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/distill.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+@pytest.fixture
+def refused(capsys, signals_kept) -> Callable[..., str]:
+    """Runs, in this process, a job that is refused before anything starts; returns what it says."""
+
+    def run(*arguments: str) -> str:
+        assert distill.main(arguments) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        return said.err
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -162,44 +172,51 @@ def job(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess:
         ),
     ],
 )
-def test_the_job_refuses_in_one_line_before_anything_starts(arguments, complaint, tmp_path):
+def test_the_job_refuses_in_one_line_before_anything_starts(arguments, complaint, tmp_path, refused):
     run_dir = tmp_path / "run"
-    result = job(f"run_dir={run_dir}", *arguments)
-    assert result.returncode == 2, result.stderr
-    assert complaint in result.stderr and result.stderr.startswith("error: ")
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    said = refused(f"run_dir={run_dir}", *arguments)
+    assert complaint in said and said.startswith("error: ")
+    assert len(said.strip().splitlines()) == 1, said
     assert not run_dir.exists()
 
 
-def test_the_job_names_file_and_line_of_a_malformed_task(tmp_path):
+def test_the_job_names_file_and_line_of_a_malformed_task(tmp_path, refused):
     train = tmp_path / "train.jsonl"
     train.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n')
     sets = [f"tasks.{split}=[{{path: {train}, kind: mine}}]" for split in ("train", "test")]
-    result = job("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
-    assert result.returncode == 2
-    assert f"{train}:2: 'answer' must be a non-empty string" in result.stderr
+    said = refused("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
+    assert f"{train}:2: 'answer' must be a non-empty string" in said
 
 
-def test_the_job_asks_for_a_judge_before_it_starts(tmp_path):
+def test_the_job_asks_for_a_judge_before_it_starts(tmp_path, refused):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text('{"question": "Who wrote The Silver Harbor?", "answer": "Ada"}\n')
     sets = [f"tasks.{split}=[{{path: {tasks}, kind: mine, grader: judge}}]" for split in ("train", "test")]
-    result = job("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
-    assert result.returncode == 2 and "env.judge.model must be set" in result.stderr
+    assert "env.judge.model must be set" in refused("tasks=files", *sets, f"run_dir={tmp_path / 'run'}")
 
 
-def test_the_job_refuses_a_folder_of_another_run(tmp_path):
+def test_the_job_refuses_a_folder_of_another_run(tmp_path, refused):
     with RunFolder(tmp_path / "run").claim(load_config(["seed=1"])):
         pass
-    result = job(f"run_dir={tmp_path / 'run'}", "seed=2")
-    assert result.returncode == 2
-    assert "belongs to another run" in result.stderr and "seed" in result.stderr
+    said = refused(f"run_dir={tmp_path / 'run'}", "seed=2")
+    assert "belongs to another run" in said and "seed" in said
 
 
-def test_the_job_refuses_a_folder_that_is_no_run(tmp_path):
+def test_the_job_refuses_a_folder_that_is_no_run(tmp_path, refused):
     (tmp_path / "thesis.txt").write_text("precious")
-    result = job(f"run_dir={tmp_path}")
-    assert result.returncode == 2 and "is not empty and holds no run" in result.stderr
+    assert "is not empty and holds no run" in refused(f"run_dir={tmp_path}")
+
+
+def job(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/distill.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+def test_the_command_refuses_with_its_exit_code(tmp_path):
+    result = job(f"run_dir={tmp_path / 'run'}", "learner.epoch=3")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: config learner.epoch: unknown key")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
 def test_help_and_cfg_answer_without_heavy_imports():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from launch.audit import main as audit
+from launch.distill import main as distill
 from rollout.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,7 @@ def finish(job: subprocess.Popen, within_s: float = 240.0) -> str:
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_job_goes_on_and_loses_and_repeats_nothing(tmp_path, capsys):
+def test_a_killed_job_goes_on_and_loses_and_repeats_nothing(tmp_path, capsys, signals_kept):
     run_dir = tmp_path / "run"
     ledger = run_dir / "ledger"
     first = start(run_dir)
@@ -108,10 +109,9 @@ def test_a_killed_job_goes_on_and_loses_and_repeats_nothing(tmp_path, capsys):
     proof = json.loads(capsys.readouterr().out)
     assert proof["ok"] and proof["rows"] == trainable and proof["stop_tokens"] == proof["turns"] > trainable
 
-    third = start(run_dir)
-    output = finish(third, within_s=60)
-    assert third.returncode == 0 and "this run is complete" in output
-    assert output.strip().splitlines()[-1] == last_line
+    assert distill([f"run_dir={run_dir}", *SMALL]) == 0
+    output = capsys.readouterr().out
+    assert "this run is complete" in output and output.strip().splitlines()[-1] == last_line
 
 
 @pytest.mark.timeout(200)

@@ -13,6 +13,7 @@ named.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,8 +52,9 @@ class Import:
         return f"{self.file}:{self.line} imports {self.module}"
 
 
+@functools.cache
 def modules(root: Path) -> dict[Path, ast.Module]:
-    """Parsed source of every module of the layers, by path relative to `root`."""
+    """Parsed source of every module of the layers, by path relative to `root`; read once."""
     return {
         path.relative_to(root): ast.parse(path.read_text(encoding="utf-8"), str(path))
         for layer in MAY_IMPORT
@@ -99,14 +101,20 @@ def imports(file: Path, tree: ast.Module) -> Iterator[Import]:
     yield from walk(tree, False)
 
 
+@functools.cache
+def all_imports(root: Path) -> dict[Path, list[Import]]:
+    """Every import of every module of the layers; read once."""
+    return {file: list(imports(file, tree)) for file, tree in modules(root).items()}
+
+
 def layer_breaches(root: Path) -> list[str]:
     """Imports of ours across layers that the table above does not allow."""
     ours = {*MAY_IMPORT, "configs", "tests", "benchmarks"}
     return [
         f"{found}; {layer}/ may import {', '.join(MAY_IMPORT[layer])}"
-        for file, tree in modules(root).items()
+        for file, found_there in all_imports(root).items()
         for layer in ["launch" if file in PROGRAMS else file.parts[0]]
-        for found in imports(file, tree)
+        for found in found_there
         if found.top in ours and not any(f"{found.module}.".startswith(f"{allowed}.") for allowed in MAY_IMPORT[layer])
     ]
 
@@ -115,7 +123,7 @@ def engine_breaches(root: Path) -> list[str]:
     """Imports of vllm or deepspeed in the wrong package, in a second file, or at module level."""
     breaches = []
     for engine, home in ENGINE_HOME.items():
-        found = [each for file, tree in modules(root).items() for each in imports(file, tree) if each.top == engine]
+        found = [each for found_there in all_imports(root).values() for each in found_there if each.top == engine]
         breaches += [f"{each}; only {home}/ may" for each in found if each.file.parts[0] != home]
         breaches += [f"{each} at module level; import it inside a function" for each in found if not each.late]
         files = sorted({str(each.file) for each in found if each.file.parts[0] == home})

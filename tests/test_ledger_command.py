@@ -429,25 +429,16 @@ def test_vote_compares_single_runs_with_the_majority(tmp_path, expert, capsys):
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket of an S3-compatible server on this machine."""
-    from moto.server import ThreadedMotoServer
     from pyarrow import fs
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-        store = fs.S3FileSystem(
-            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
-        )
-        store.create_dir("runs")
-        yield "s3://runs"
-    finally:
-        server.stop()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_endpoint)
+    store = fs.S3FileSystem(endpoint_override=s3_endpoint, region="us-east-1", allow_bucket_creation=True)
+    store.create_dir("ledgers")
+    return "s3://ledgers"
 
 
 def test_ledgers_may_be_in_a_bucket(folder, bucket, capsys):

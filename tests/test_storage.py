@@ -154,24 +154,19 @@ KEY = "not-a-real-key-7f3a"
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
+def s3(s3_endpoint: str) -> Iterator[str]:
     """The endpoint of an S3-compatible server, with the bucket 'runs'; credentials are in the environment."""
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0, ip_address="127.0.0.1", verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     settings = {
         "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": KEY, "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL": s3_endpoint, "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as environment:
         for name, value in settings.items():
             environment.setenv(name, value)
         from pyarrow.fs import S3FileSystem
 
-        S3FileSystem(endpoint_override=settings["AWS_ENDPOINT_URL"], allow_bucket_creation=True).create_dir("runs")
-        yield settings["AWS_ENDPOINT_URL"]
-    server.stop()
+        S3FileSystem(endpoint_override=s3_endpoint, allow_bucket_creation=True).create_dir("runs")
+        yield s3_endpoint
 
 
 def test_a_ledger_in_a_bucket_does_all_that_one_in_a_folder_does(s3: str) -> None:
