@@ -61,9 +61,10 @@ def loss_of(backend: DeepSpeedBackend, batch: MicroBatch) -> Any:
 
 
 def take_step(backend: DeepSpeedBackend, step: int, *, spoil: float | None = None) -> tuple[float, Any]:
-    """Mean loss over all ranks and the outcome. `spoil` multiplies the last micro-batch's loss."""
+    """Mean loss over all ranks and the outcome; every third step has the same tokens. `spoil` multiplies the last
+    micro-batch's loss."""
     backend.seed(step)
-    batches = batches_of(step)
+    batches = batches_of(step % 3)
     total = sum(len(batch.targets) for batch in batches)
     mine = batches[backend.rank :: backend.world_size]
     summed = 0.0
