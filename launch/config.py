@@ -131,6 +131,8 @@ class EvaluateConfig:
     top_k: int = 20
     """As in `rollout.episode.EpisodeSettings`."""
     concurrency: int = 48
+    validation_tasks: int = 48
+    """learner.best_by "rollout_score": how many of the tasks that are held out of training a student is scored on."""
     dtype: str = "auto"
     kv_cache_mb: int | None = None
     enforce_eager: bool = False
@@ -141,7 +143,7 @@ class EvaluateConfig:
         check_bounds(
             self,
             at_least_0=("fruitless_steps", "temperature", "top_k"),
-            at_least_1=("max_tokens", "max_model_len", "candidates", "concurrency", "kv_cache_mb"),
+            at_least_1=("max_tokens", "max_model_len", "candidates", "concurrency", "validation_tasks", "kv_cache_mb"),
             above_0=("top_p",),
             shares=("top_p",),
         )
@@ -265,6 +267,11 @@ class DistillConfig(JobConfig):
     """Everything the run leaves behind; a second run of the same command goes on in it."""
     learner: LearnerConfig
     evaluate: EvaluateConfig
+
+    def variables(self) -> list[str]:
+        tracking = self.learner.tracking
+        asked = {"WANDB_API_KEY": tracking.wandb_project, "MLFLOW_TRACKING_URI": tracking.mlflow_experiment}
+        return JobConfig.variables(self) + [name for name, used in asked.items() if used]
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # `super()` finds no class in a dataclass with slots

@@ -24,7 +24,7 @@ from learner.config import ConfigError
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 JOBS: dict[type[JobConfig], str] = {DistillConfig: "distill", CollectConfig: "collect"}
 """Schema -> its file in `configs/`."""
-NOT_COLLECTED = ("learner", "evaluate", "student", "run_dir")
+NOT_COLLECTED = ("learner", "tracking", "evaluate", "student", "run_dir")
 """What recipes say of the whole loop and a collection has no use for."""
 _TASK_FILES = (".jsonl", ".json", ".parquet")
 

@@ -26,12 +26,14 @@ from launch.report import draw_learning_curve, score_table, scores_to_json
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
 from launch.spending import JobMeter
+from launch.student_scores import StudentScores, StudentWorkers, validation_tasks
 from launch.wiring import Assignment, Environments, assignments, start_collections, start_workers
 from launch.world import World, load_world
 from learner.base import LearnerError
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LearnerConfig
 from learner.learner_actor import LearnerGroup
+from learner.tracking import figures
 from rollout.collector import CollectionError, Weights, stop_rollout_actors
 from rollout.curation import Curation, describe
 from rollout.ledger import Ledger, LedgerError
@@ -85,9 +87,12 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
 
 
 def start_environments(config: DistillConfig, world: World, assigned: list[Assignment]) -> Environments:
-    """A group of hosts for each teacher; the first one serves the evaluations too."""
+    """A group of hosts for each teacher; the first one serves the evaluations too, but for those of students that still
+    learn: the last is theirs."""
     slots = [each.slots(config) for each in assigned]
     slots[0] = max(slots[0], config.evaluate.concurrency)
+    if config.learner.best_by == "rollout_score":
+        slots.append(min(config.evaluate.concurrency, config.evaluate.validation_tasks))
     return Environments.start(config, world.retriever, slots=slots)
 
 
@@ -128,11 +133,16 @@ class _Stages:
             collection, self.teachers = start_collections(
                 config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue, meter=self.meter
             )
+            workers = self._student_workers()
+            scores = None if workers is None else StudentScores(workers.start, say=self.view.say)
             try:
                 with self.view.stage("the teacher acts, the student learns"):
-                    self._watch(collection, learner, queue)
+                    self._watch(collection, learner, queue, scores)
             finally:
                 collection.close()
+                if scores is not None and workers is not None:
+                    scores.close()
+                    workers.close()
             final = learner.result(timeout_s=60)
         finally:
             learner.shutdown()
@@ -145,7 +155,27 @@ class _Stages:
         write_json(record, learned)
         return learned
 
-    def _watch(self, collection: JointCollection, learner: LearnerGroup, queue: TrajectoryQueue) -> None:
+    def _student_workers(self) -> StudentWorkers | None:
+        """Who scores students while they learn, where the best one is chosen by that."""
+        config = self.config
+        if config.learner.best_by != "rollout_score":
+            return None
+        return StudentWorkers(
+            config,
+            self.environments,
+            validation_tasks(config, self.world.train),
+            base=str(_model_folder(config.learner)),
+            group=len(self.assigned),
+            ledgers=self.folder.scores / "while_learning",
+        )
+
+    def _watch(
+        self,
+        collection: JointCollection,
+        learner: LearnerGroup,
+        queue: TrajectoryQueue,
+        scores: StudentScores | None,
+    ) -> None:
         began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
         first_step, collected, last_step = self.folder.first_step, False, -1
         with open(self.folder.metrics, "a") as metrics:
@@ -156,18 +186,16 @@ class _Stages:
                     collected = collection.poll(timeout_s=0.5)
                 if collected or learner.finished():  # a learner that has enough must not leave the workers waiting
                     queue.close()
+                if scores is not None:
+                    scores.serve(learner)
                 learned, seen = learner.progress(), collection.progress()
-                figures = {
+                shown = {
                     "episodes": f"{seen.finished}/{seen.total}" + (f" ({seen.found} found)" if seen.found else ""),
                     "success": f"{seen.succeeded}/{seen.recorded}",
                     "queue": f"{queue.stats().depth}/{self.config.rollout.queue_capacity}",
-                    "step": str(learned.step),
-                    "trained": f"{100 * learned.fraction:.0f}%",
-                    "loss": f"{learned.loss:.3f}",
-                    "tokens/s": f"{learned.tokens_per_s:.0f}",
-                    "waited": f"{learned.wait_s:.0f} s",
+                    **figures(learned),
                 }
-                self.view.show(figures, last=collected and learner.finished())
+                self.view.show(shown, last=collected and learner.finished())
                 if seen.stopped:
                     raise CollectionError(seen.stopped)
                 if learned.first_step_unix_s is not None and not first_step.exists():
@@ -208,7 +236,10 @@ class _Stages:
         return scores
 
 
-_METRICS = ("step", "epoch", "loss", "loss_by_span", "grad_norm", "lr", "tokens", "rows", "tokens_per_s", "wait_s")
+_METRICS = (
+    "step", "epoch", "loss", "loss_by_span", "accuracy", "accuracy_by_span", "validation_loss", "grad_norm", "lr",
+    "tokens", "rows", "tokens_per_s", "mfu", "peak_memory_mb", "skipped_steps", "wait_s", "stall_share", "restarts",
+)  # fmt: skip
 
 
 def learner_config(config: DistillConfig, folder: RunFolder, total: int) -> LearnerConfig:
@@ -217,8 +248,16 @@ def learner_config(config: DistillConfig, folder: RunFolder, total: int) -> Lear
         config.learner,
         model_path=str(_model_folder(config.learner)),
         output_dir=str(folder.learner),
+        scores=_absolute(config.learner.scores),
+        curriculum=replace(config.learner.curriculum, rates=_absolute(config.learner.curriculum.rates)),
+        tracking=replace(config.learner.tracking, run_name=config.learner.tracking.run_name or folder.path.name),
         expected_trajectories=total,
     )
+
+
+def _absolute(path: str) -> str:
+    """Ranks run in another folder."""
+    return str(Path(path).absolute()) if path else ""
 
 
 def _model_folder(learner: LearnerConfig) -> Path | str:

@@ -20,6 +20,7 @@ def check(config: DistillConfig) -> None:
     answer."""
     from launch.run_folder import RunFolder
     from learner.objectives import OBJECTIVES, make_objective
+    from learner.tracking import check_installed
 
     objective = config.learner.objective
     if objective not in OBJECTIVES:
@@ -30,6 +31,11 @@ def check(config: DistillConfig) -> None:
             make_objective(objective, **config.learner.objective_options)
         except ValueError as error:
             raise ConfigError(f"config learner.objective_options: {error}") from None
+    check_installed(config.learner.tracking)
+    if config.learner.lora is not None and config.learner.lora.export == "adapter":
+        raise ConfigError(
+            "config learner.lora.export: 'adapter' is no student that can be scored alone; use 'merged' or 'both'"
+        )
     _check_model("learner.model_path", config.learner.model_path)
     _check_lasting("run_dir", config.run_dir)
     _check_job(config, RunFolder(config.run_dir).index)

@@ -20,7 +20,12 @@ from launch.config_reading import parse_config, to_plain
 FREE = (
     "cluster",
     "evaluate",
+    "learner.collective_timeout_s",
+    "learner.data_timeout_s",
     "learner.output_dir",
+    "learner.restarts",
+    "learner.score_timeout_s",
+    "learner.tracking",
     "retrieval.timeout_s",
     "rollout.adaptive",
     "rollout.concurrency",

@@ -96,13 +96,15 @@ def start_evaluation(
     ledger: Path,
     samples: int = 1,
     weights: Weights | None = None,
+    group: int = 0,
 ) -> Collection:
-    """What of `tasks` x `samples` is not in the ledger yet, on `workers`. Waits for the environments first."""
+    """What of `tasks` x `samples` is not in the ledger yet, on `workers`, in that group of `environments`. Waits for
+    the environments first."""
     can_preview = environments.wait_ready()
     requests, found = missing_requests(tasks, policy=policy, settings=settings, ledger=Ledger(ledger), samples=samples)
     return Collection(
         workers,
-        environments.groups[0],
+        environments.groups[group],
         requests,
         found=found,
         settings=settings,
@@ -178,14 +180,14 @@ def start_collections(
 ) -> tuple[JointCollection, list[list[Any]]]:
     """One collection a teacher, all at the same time, and their workers. Waits for the environments first.
 
-    `environments` was started with one group of hosts for each of `assigned`. A teacher that has nothing left to do is
+    The first groups of `environments` are theirs, one for each of `assigned`. A teacher that has nothing left to do is
     not loaded: it has no workers.
     """
     can_preview = environments.wait_ready()
     collections: dict[str, Collection] = {}
     workers: list[list[Any]] = []
     done = 0
-    for each, hosts in zip(assigned, environments.groups, strict=True):
+    for each, hosts in zip(assigned, environments.groups[: len(assigned)], strict=True):
         if not each.missing:
             workers.append([])
             done += len(each.requests)
