@@ -6,17 +6,19 @@ import dataclasses
 import json
 import random
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from learner_samples import TOKENIZER, trajectory
+from learner_samples import TOKENIZER, ListSource, save_tiny_student, trajectory
 
-from learner.config import ConfigError, CurriculumConfig
+from learner.config import ConfigError, CurriculumConfig, LearnerConfig
 from learner.curriculum import Curriculum, make_ordering
 from learner.difficulty import Length, Steps, StreamFailureRate, make_difficulty, read_success_rates
 from learner.examples import Example, ExampleMaker
 from learner.row_order import Ascending, Paced, Shuffled
+from learner.trainer import Learner
 from rollout.ledger import LedgerWriter
 from rollout.trajectory import SpanType, Trajectory
 
@@ -226,3 +228,27 @@ def test_rates_that_cannot_be_read_are_named(tmp_path: Path, name: str, text: st
 def test_settings_that_cannot_work_are_named(config: Any, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         CurriculumConfig(**config)
+
+
+# -- in a run
+
+
+def test_a_learner_trains_in_the_curriculums_order(tmp_path: Path) -> None:
+    """Two passes, a row a step: by length, each row is at least as long as the one before it."""
+    base = save_tiny_student(tmp_path / "base")
+    config = LearnerConfig(
+        model_path=str(base),
+        output_dir=str(tmp_path / "out"),
+        epochs=2,
+        rows_per_step=1,
+        precision="fp32",
+        curriculum=CurriculumConfig(order="ascending", by="length", window_rows=12),
+    )
+    tokens = [0]
+    learner = Learner(
+        config, ListSource([trajectory(i) for i in range(12)]), on_progress=lambda at: tokens.append(at.tokens)
+    )
+    learner.run()
+    lengths = [after - before for before, after in pairwise(sorted(set(tokens)))]
+    assert len(lengths) == 24
+    assert lengths[:12] == lengths[12:] == sorted(lengths[:12]) and len(set(lengths)) > 3
