@@ -17,6 +17,7 @@ from learner.examples import TRAINED_SPANS, Example, Refusal, RefusedRow
 from learner.group_advantages import AdvantageScorer, advantages_of, group_advantages
 from learner.objectives import OBJECTIVES, Objective, TensorBatch, make_objective
 from learner.objectives.divergence import divergence, with_rest
+from learner.objectives.log_probs import log_probs
 from learner.objectives.span import SpanObjective
 from learner.packing import empty_micro_batch
 from learner.token_scores import TokenScores
@@ -62,6 +63,36 @@ def batch_of(targets: list[int], weights: list[float] | None = None, **fields: A
 def gradient(objective: Objective, logits: torch.Tensor, batch: TensorBatch) -> torch.Tensor:
     (found,) = torch.autograd.grad(objective.loss(logits, batch).total, logits)
     return found
+
+
+# -- log probabilities
+
+
+def test_log_probs_are_those_of_the_softmax() -> None:
+    found = log_probs(logits_of([HALVES] * 5), torch.tensor([[0, 2], [1, 1], [3, 0], [2, -1], [0, 1]]), chunk_logits=8)
+    expected = [[LOG(2), LOG(8)], [LOG(4), LOG(4)], [LOG(8), LOG(2)], [LOG(8), None], [LOG(2), LOG(4)]]
+    for row, numbers in zip(found.tolist(), expected, strict=True):
+        assert [-x for x, y in zip(row, numbers, strict=True) if y] == pytest.approx(
+            [y for y in numbers if y], rel=1e-6
+        )
+
+
+def test_the_gradient_of_log_probs_is_that_of_the_softmax() -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.tensor([[0, 2], [1, 1], [3, 0], [2, 1], [0, 1]])  # one of them twice in a row
+    assert torch.autograd.gradcheck(lambda x: log_probs(x, ids, chunk_logits=8), (logits,))
+
+
+def test_log_probs_of_half_precision_logits_are_in_full() -> None:
+    logits = (100 + torch.randn(3, 50, generator=torch.Generator().manual_seed(0))).bfloat16().requires_grad_()
+    ids = torch.arange(150).reshape(3, 50) % 50
+    found = log_probs(logits, ids)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, logits.float().log_softmax(-1), atol=1e-5)
+    (gradient,) = torch.autograd.grad(found[:, 0].sum(), logits)
+    assert gradient.dtype == torch.bfloat16
+    wanted = torch.nn.functional.one_hot(ids[:, 0], 50) - logits.float().softmax(-1)
+    assert torch.allclose(gradient.float(), wanted, rtol=0.01, atol=1e-4)
 
 
 # -- divergences

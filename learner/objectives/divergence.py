@@ -14,7 +14,7 @@ So they are checked against (tests/test_objectives_trl.py), not imported.
 Example::
 
     known = teacher_ids >= 0
-    student = with_rest(log_probs(logits, teacher_ids), known)         # [n, k + 1]
+    student = with_rest(log_probs(logits, teacher_ids), known)           # [n, k + 1]
     divergence(student, with_rest(teacher_logprobs, known), beta=0.0)  # [n]
 """
 
@@ -29,11 +29,6 @@ LEAST = -50.0
 
 LEAST_REST = 1e-7
 """The least probability that is left to other tokens; float32 cannot tell less from none. As in TRL."""
-
-
-def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[n, k] log p of `ids` [n, k] under float32 `logits` [n, vocabulary]; meaningless where an id is -1."""
-    return logits.gather(-1, ids.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
 
 
 def with_rest(logprobs: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ import torch
 
 from learner.examples import Example, RefusedRow
 from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
-from learner.objectives.divergence import log_probs
 from learner.objectives.inputs import needed, scored_row, teacher_own
+from learner.objectives.log_probs import log_probs
 from learner.token_scores import ScoreKind
 
 
@@ -75,7 +75,6 @@ class GrpoObjective:
         return scored_row(example, self.needs)
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
-        logits = logits.float()
         trained = batch.weights > 0
         own = log_probs(logits, batch.targets[:, None])[:, 0]
         advantage = needed(batch, "advantages")

@@ -28,8 +28,9 @@ import torch
 
 from learner.examples import Example, RefusedRow
 from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
-from learner.objectives.divergence import divergence, log_probs, with_rest
+from learner.objectives.divergence import divergence, with_rest
 from learner.objectives.inputs import needed, scored_row, teacher_own
+from learner.objectives.log_probs import log_probs
 from learner.token_scores import ScoreKind
 
 
@@ -64,9 +65,12 @@ class OpdObjective:
         return scored_row(example, self.needs)
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
-        logits = logits.float()
         teacher = teacher_own(batch)
-        own = log_probs(logits, batch.targets[:, None])[:, 0]
+        ids = batch.targets[:, None]
+        if self.estimator == "top_k" and batch.teacher_ids is not None:
+            ids = torch.cat([ids, batch.teacher_ids], -1)
+        asked = log_probs(logits, ids)
+        own = asked[:, 0]
         ratio = torch.ones_like(own)
         if self.estimator == "sampled":
             behaviour = needed(batch, "behaviour_logprobs")
@@ -78,7 +82,7 @@ class OpdObjective:
             losses = own * 0.0  # nothing is trained here: `teacher_own` would have raised
         else:
             known = batch.teacher_ids >= 0
-            student = with_rest(log_probs(logits, batch.teacher_ids), known)
+            student = with_rest(asked[:, 1:], known)
             losses = divergence(student, with_rest(batch.teacher_logprobs, known), beta=self.beta)
         gap = (own - teacher).detach()
         weights = batch.weights * self.step_weights(batch, gap)

@@ -32,10 +32,15 @@ class SftObjective:
         return example
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
-        from torch.nn.functional import cross_entropy
+        if logits.is_cuda:  # where vocabularies are large and memory is short
+            from learner.objectives.log_probs import log_probs
 
-        logits = logits.float()
-        nll = cross_entropy(logits, batch.targets, reduction="none")
+            nll = -log_probs(logits, batch.targets[:, None])[:, 0]
+        else:
+            from torch.nn.functional import cross_entropy
+
+            logits = logits.float()
+            nll = cross_entropy(logits, batch.targets, reduction="none")
         return ObjectiveLoss(
             total=(nll * batch.weights).sum(), per_token=nll.detach(), correct=is_likeliest(logits, batch.targets)
         )

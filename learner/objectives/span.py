@@ -31,6 +31,7 @@ from torch import nn
 from learner.examples import TRAINED_SPANS, Example, RefusedRow
 from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
 from learner.objectives.divergence import divergence, with_rest
+from learner.objectives.log_probs import log_probs
 from learner.token_scores import ScoreKind
 
 
@@ -70,13 +71,15 @@ class SpanObjective:
         return example
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
-        logits = logits.float()
-        whole = logits.logsumexp(-1, keepdim=True)
-        per_token = (whole - logits.gather(-1, batch.targets[:, None]))[:, 0]
+        ids = batch.targets[:, None]
+        if batch.teacher_ids is not None:
+            ids = torch.cat([ids, batch.teacher_ids], -1)
+        own = log_probs(logits, ids)
+        per_token = -own[:, 0]
         soft = torch.zeros_like(batch.weights, dtype=torch.bool)
         if batch.teacher_ids is not None and batch.teacher_logprobs is not None:
             known = batch.teacher_ids >= 0
-            student = with_rest(logits.gather(-1, batch.teacher_ids.clamp(min=0)) - whole, known)
+            student = with_rest(own[:, 1:], known)
             soft = known.any(-1) & self._by_divergence.to(logits.device)[batch.spans]
             teacher = with_rest(batch.teacher_logprobs, known)
             per_token = torch.where(soft, divergence(student, teacher, beta=self.beta), per_token)
