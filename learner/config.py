@@ -243,9 +243,9 @@ class LearnerConfig:
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     publish_every_steps: int = 0
     """Hand the weights to whoever acts with them after so many steps (see `learner.publish`); 0: never."""
-    publish_tolerance: float = 1.0
-    """Largest difference of one token's log-probability between learner and engine, ten times what it may be on
-    average: 1 is for bfloat16 on either side; 0.01 will do where both compute in float32."""
+    publish_tolerance: float = 2.0
+    """Largest difference of one token's log-probability between learner and engine, twenty times what it may be on
+    average: 2 is for bfloat16 on either side; 0.01 will do where both compute in float32."""
     keep_published: int = 2
 
     # -- telling

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 CHECK_FILE = "logprob_check.json"
 CHECK_ROWS = 4
-MEAN_SHARE = 0.1
+MEAN_SHARE = 0.05
 """Of the tolerance: what the differences may be on average."""
 _HOLD = ".held-"
 
@@ -77,25 +77,15 @@ class PublishStatus:
     """Versions that a newer one overtook before their turn."""
 
 
-class Publications:
-    """The versions of one learner, on its rank 0. `offer` and `status` may be called from any thread."""
+class CheckRows:
+    """The rows that every version is checked on: the shortest of the first that there were when they were first asked
+    for."""
 
-    def __init__(self, folder: Path, publisher: WeightPublisher, *, keep: int = 2) -> None:
-        self._folder, self._publisher, self._keep = folder, publisher, keep
+    def __init__(self) -> None:
         self._rows: list[Example] = []
-        self._changed = threading.Condition()
-        self._next: str | None = None
-        self._under_way: str | None = None
-        self._status = PublishStatus()
-        self._thread: threading.Thread | None = None
 
-    def folder(self, step: int) -> Path:
-        """Where the version of `step` is, or is to be."""
-        return self._folder / _name(step)
-
-    def check_batches(self, examples: Iterable[Example], *, packed: bool) -> tuple[MicroBatch, ...]:
-        """The rows that every version is checked on, a batch each: the shortest of the first that there were when they
-        were first asked for."""
+    def batches(self, examples: Iterable[Example], *, packed: bool) -> tuple[MicroBatch, ...]:
+        """A row each."""
         from learner.packing import plan_step
 
         if len(self._rows) < CHECK_ROWS:
@@ -106,6 +96,22 @@ class Publications:
             for row in self._rows
         ]
         return tuple(plan.ranks[0][0] for plan in plans)
+
+
+class Publications:
+    """The versions of one learner, on its rank 0. `offer` and `status` may be called from any thread."""
+
+    def __init__(self, folder: Path, publisher: WeightPublisher, *, keep: int = 2) -> None:
+        self._folder, self._publisher, self._keep = folder, publisher, keep
+        self._changed = threading.Condition()
+        self._next: str | None = None
+        self._under_way: str | None = None
+        self._status = PublishStatus()
+        self._thread: threading.Thread | None = None
+
+    def folder(self, step: int) -> Path:
+        """Where the version of `step` is, or is to be."""
+        return self._folder / _name(step)
 
     def offer(self, step: int) -> None:
         """Hand the version of `step` on when its turn has come; returns at once."""
@@ -169,20 +175,26 @@ def write_version(
 
     Every rank calls it together, with the same batches; rank 0 writes.
     """
+    partial = folder.with_name(f".unchecked-{folder.name}")
+    weights = backend.full_weights()
+    if weights is not None:
+        from learner.export import export_student
+
+        export_student(partial, weights=weights, config=backend.config, facts=facts)
+    add_check(backend, partial, batches)
+    if weights is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+
+def add_check(backend: DeepSpeedBackend, folder: Path, batches: Sequence[MicroBatch]) -> None:
+    """Put what the model says of `batches` (a row each) into `folder`, an export of the model as it is. Every rank
+    calls it together; rank 0 writes."""
     with backend.evaluation(), backend.as_exported():
         scored = [_scored(backend, batch) for batch in batches]
-    weights = backend.full_weights()
-    if weights is None:
-        return
-    from learner.export import export_student
-
-    config = backend.config
-    partial = folder.with_name(f".unchecked-{folder.name}")
-    export_student(partial, weights=weights, config=config, facts=facts)
-    rows, logprobs = zip(*scored, strict=True) if scored else ((), ())
-    write_check(partial, rows, logprobs, tolerance=config.publish_tolerance)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    if backend.rank == 0 and scored:
+        rows, logprobs = zip(*scored, strict=True)
+        write_check(folder, rows, logprobs, tolerance=backend.config.publish_tolerance)
 
 
 def write_check(

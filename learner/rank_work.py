@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from learner.config import LearnerConfig
 from learner.gradient_guard import StepOutcome
 from learner.packing import MicroBatch
-from learner.publish import write_version
+from learner.publish import add_check, write_version
 from learner.step_sums import StepSums, StepTotals
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class RankWork:
             self.backend.save_checkpoint(self.checkpoints, order.step, order.state)
         elif order.kind == "export":
             self.backend.export(Path(order.folder), facts=order.facts, data=order.data)
+            add_check(self.backend, Path(order.folder), order.batches)
         elif order.kind == "publish":
             write_version(self.backend, Path(order.folder), order.batches, order.facts)
         return Done(seconds=time.monotonic() - begun_s)

@@ -30,8 +30,8 @@ from learner.examples import Example, ExampleMaker, RefusedRow, Scorer
 from learner.gradient_guard import GradientGuard
 from learner.intake import END, Arrival, Intake
 from learner.model_selection import BestStudent, copy_folder
-from learner.packing import StepPlan, plan_step
-from learner.publish import Publications, WeightPublisher
+from learner.packing import MicroBatch, StepPlan, plan_step
+from learner.publish import CheckRows, Publications, WeightPublisher
 from learner.rank_work import Done, Order, RankWork, lost_a_rank
 from learner.schedules import lr_factor
 from learner.speed_meter import SpeedMeter
@@ -95,6 +95,7 @@ class Learner:
         self._tokenizer = student_tokenizer(config.model_path) if rank == 0 else None
         self._folder = Path(config.output_dir)
         self._best = BestStudent(config, folder=self._folder)
+        self._check_rows = CheckRows()
         self._publications: Publications | None = None
         if publisher is not None and config.publish_every_steps:
             self._publications = Publications(self._folder / "published", publisher, keep=config.keep_published)
@@ -248,7 +249,7 @@ class Learner:
         if self._on_progress is not None:
             self._on_progress(self._progress)
         if _is_due(step, self.config.score_every_steps):
-            yield from self._hand_out()
+            yield from self._hand_out(backend)
         if self._publications is not None and _is_due(step, self.config.publish_every_steps):
             yield self._publish_orders(self._publications, backend)
             self._publications.offer(step)
@@ -274,10 +275,10 @@ class Learner:
             yield self._export_orders(self._best.folder)
             self._show_best()
 
-    def _hand_out(self) -> Iterator[list[Order]]:
+    def _hand_out(self, backend: DeepSpeedBackend) -> Iterator[list[Order]]:
         folder = self._best.hand_out(self._progress.step)
         if folder is not None:
-            yield self._export_orders(folder)
+            yield self._export_orders(folder, check=self._check_batches(backend))
             self._show_best()
 
     def _last_measurements(self, backend: DeepSpeedBackend) -> Iterator[list[Order]]:
@@ -285,7 +286,7 @@ class Learner:
         yield from self._validate(backend)
         if not self._best.by_score:
             return
-        yield from self._hand_out()
+        yield from self._hand_out(backend)
         deadline = time.monotonic() + self.config.score_timeout_s
         last_order = time.monotonic()
         while self._best.pending and time.monotonic() < deadline and not self._stop.is_set():
@@ -314,13 +315,17 @@ class Learner:
     def _checkpoint_orders(self) -> list[Order]:
         return self._all(Order(kind="checkpoint", step=self._progress.step, state=self._state()))
 
-    def _export_orders(self, folder: Path) -> list[Order]:
-        return self._all(Order(kind="export", folder=str(folder), facts=self._facts(), data=self._data()))
+    def _export_orders(self, folder: Path, *, check: tuple[MicroBatch, ...] = ()) -> list[Order]:
+        """`check`: rows whose log-probabilities are written beside the student (`learner.publish`)."""
+        order = Order(kind="export", folder=str(folder), facts=self._facts(), data=self._data(), batches=check)
+        return self._all(order)
 
     def _publish_orders(self, publications: Publications, backend: DeepSpeedBackend) -> list[Order]:
-        batches = publications.check_batches(self._curriculum.examples.values(), packed=backend.batching == "packed")
-        folder = publications.folder(self._progress.step)
-        return self._all(Order(kind="publish", folder=str(folder), batches=batches, facts=self._facts()))
+        folder, check = publications.folder(self._progress.step), self._check_batches(backend)
+        return self._all(Order(kind="publish", folder=str(folder), batches=check, facts=self._facts()))
+
+    def _check_batches(self, backend: DeepSpeedBackend) -> tuple[MicroBatch, ...]:
+        return self._check_rows.batches(self._curriculum.examples.values(), packed=backend.batching == "packed")
 
     def _all(self, order: Order) -> list[Order]:
         return [order] * self.world_size

@@ -77,6 +77,18 @@ def test_a_version_holds_the_whole_model_of_its_step_and_what_that_says(base, tm
     assert apart.largest > 0.01, "the student learns between two versions, and a stale one would be found"
 
 
+def test_a_student_that_is_handed_out_to_be_scored_proves_itself_too(base, tmp_path):
+    config = LearnerConfig(
+        model_path=str(base), output_dir=str(tmp_path), epochs=1, tokens_per_step=1024, precision="fp32",
+        validation_share=0.2, best_by="rollout_score", score_every_steps=2, score_timeout_s=0.1,
+    )  # fmt: skip
+    final = Learner(config, ListSource(ROWS)).run()
+    folder = Path(final.candidates["2"])
+    check = LogprobCheck.read(folder)
+    assert check is not None
+    assert check.difference(scored(folder, check.rows)).largest < 1e-3
+
+
 def test_training_goes_on_while_a_version_is_handed_over_and_only_the_newest_is_next(base, tmp_path):
     released = threading.Event()
     recorder = Recorder(tmp_path / "copies", before=lambda version: released.wait(60) and None)
