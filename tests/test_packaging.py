@@ -99,7 +99,7 @@ def test_third_party_imports_are_declared():
     """A module that we import is brought by a direct requirement, not by luck through another package."""
     ours = {*PACKAGES, "configs", "benchmarks", "tests"}
     distributions = importlib.metadata.packages_distributions()
-    direct = {canonicalize_name(requirement.name) for requirement in declared("cpu", "gpu")}
+    direct = {canonicalize_name(requirement.name) for requirement in declared("cpu", "gpu", "tracking")}
     undeclared = set()
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
