@@ -123,14 +123,15 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, where MLFLOW_TRACKING_URI says; else in `mlruns/` of the learner's folder."""
+    """A run of MLflow, where MLFLOW_TRACKING_URI says; else in `mlflow.db` of the learner's folder (MLflow 3.17 refuses
+    plain folders)."""
 
     def __init__(self, experiment: str, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
         import os
 
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").absolute().as_uri()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(experiment)
         number = found.experiment_id if found is not None else self._client.create_experiment(experiment)
