@@ -314,6 +314,11 @@ class LearnerConfig:
         for name, weight in self.span_weights.items():
             _check(name in trained, f"span_weights names {name!r}; it is trained on {', '.join(trained)} alone")
             _check(weight >= 0, f"span_weights[{name!r}] is {weight}; it must not be negative")
+        _check(
+            self.span_weights.get("format", 1.0) > 0,
+            "span_weights['format'] is 0, but stop tokens are of that type, and a student that is not trained on them "
+            "never ends a turn; use a small weight, such as 0.1",
+        )
 
 
 def _check_selection(config: LearnerConfig) -> None:

@@ -18,6 +18,7 @@ from learner.audit import Claim, audit, check_row
 from learner.audit.__main__ import main
 from learner.audit.page import html_page
 from learner.audit.proofs import check_batches
+from learner.config import ConfigError, LearnerConfig
 from learner.examples import Example, ExampleMaker
 from learner.packing import StepPlan, plan_step
 from rollout.ledger import LedgerWriter
@@ -127,6 +128,11 @@ def test_audit_finds_wrong_batches(maker: ExampleMaker, planner: Any, claim: Cla
 def test_a_run_that_does_not_train_its_stop_tokens_is_told(tokenizer: Any) -> None:
     report = audit([trajectory(1)], tokenizer, max_row_tokens=1024, span_weights={"format": 0.0})
     assert not report.ok and report.wrong == {Claim.STOPS: 2}
+
+
+def test_a_run_that_would_not_train_its_stop_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match="never ends a turn; use a small weight"):
+        LearnerConfig(model_path="m", output_dir="o", epochs=1, span_weights={"format": 0.0})
 
 
 def test_weights_add_up_to_what_the_spans_weigh(tokenizer: Any) -> None:

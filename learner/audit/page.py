@@ -21,6 +21,9 @@ from learner.audit.terminal import pieces, row_weights
 from learner.examples import TRAINED_SPANS, Example
 from rollout.trajectory import SpanType
 
+OPENED = 5
+"""Rows in full that need no click."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1c1f23; --faint: #6a7078; --line: #d9dde2; --bad: #b3261e;
   --good: #1b6e3c; --thought: #d6ecfb; --code: #d8f2dc; --answer: #f6dcf5; --format: #fbefc6; --observation: #e3e4fb;
@@ -68,8 +71,8 @@ def html_page(report: AuditReport, tokenizer: Any, *, title: str) -> str:
         _failures(report),
         "<h2>Tokens by span type</h2>",
         _legend(report),
-        "<h2>Rows in full</h2>",
-        *(_row(example, tokenizer) for example in report.samples),
+        "<h2>Rows in full</h2>" if report.samples else "",
+        *(_row(example, tokenizer, opened=i < OPENED) for i, example in enumerate(report.samples)),
         "<h2>All rows</h2>",
         _rows(report.row_counts, report.rows),
         "<h2>Refused</h2>",
@@ -117,7 +120,7 @@ def _legend(report: AuditReport) -> str:
     return f'<div class="wide"><table>\n{head}</tr>\n{"".join(lines)}\n</table></div>{note}'
 
 
-def _row(example: Example, tokenizer: Any) -> str:
+def _row(example: Example, tokenizer: Any, *, opened: bool) -> str:
     weights = ", ".join(f"{span} {weight:g}" for span, weight in sorted(row_weights(example)))
     trained = sum(weight > 0 for weight in example.loss_weights)
     ends = [first for _, first in pieces(example, tokenizer)][1:] + [len(example)]
@@ -130,7 +133,7 @@ def _row(example: Example, tokenizer: Any) -> str:
             f"{_tokens(example.token_ids[first:end], text, tokenizer)}</mark>"
         )
     return (
-        f'<details open><summary><span class="key">{escape(example.key)}</span> '
+        f'<details{" open" * opened}><summary><span class="key">{escape(example.key)}</span> '
         f'<span class="faint">{len(example):,} tokens, {trained:,} trained, weights: {escape(weights)}</span></summary>'
         f"<pre>{''.join(marks)}</pre></details>"
     )
