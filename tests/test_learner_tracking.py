@@ -169,8 +169,7 @@ def test_a_service_that_is_not_installed_is_refused_before_the_run(
     base: Path, tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = {"tensorboard": "tensorboard", "wandb_project": "wandb", "mlflow_experiment": "mlflow"}[[*asked][0]]
-    monkeypatch.setattr("sys.path", [p for p in sys.path if not (Path(p) / package).is_dir()])
-    monkeypatch.setattr("sys.path_importer_cache", {})
+    monkeypatch.setitem(sys.modules, package, None)  # how Python marks what cannot be imported
     config = TrackingConfig(**asked)
     with pytest.raises(ConfigError, match=f"pip install {package}"):
         Learner(config_of(base, tmp_path, tracking=config), ListSource(ROWS))
@@ -197,7 +196,7 @@ MLFLOW = """
 import json, os, pathlib
 class MlflowClient:
     def __init__(self, tracking_uri):
-        self.path = pathlib.Path(tracking_uri.removeprefix("file://")).parent / "told.jsonl"
+        self.path = pathlib.Path(tracking_uri.removeprefix("sqlite:///")).parent / "told.jsonl"
     def _say(self, **what):
         with open(self.path, "a") as file: file.write(json.dumps(what) + "\\n")
     def get_experiment_by_name(self, name): return None
