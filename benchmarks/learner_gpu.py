@@ -13,6 +13,7 @@ padding and recomputation, against the device's dense bf16 peak (`learner.tracki
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 import sys
 import tempfile
@@ -41,14 +42,22 @@ def tries(side: str, base: GpuSettings, *, tiny: bool) -> list[GpuSettings]:
     layouts: list[dict[str, Any]] = [
         {"batching": "packed", "micro_rows": 1},
         {"batching": "packed", "micro_rows": 4},
-        {"batching": "padded", "micro_rows": 1},
-        {"batching": "padded", "micro_rows": 4},
         {"batching": "packed", "micro_rows": 4, "checkpointing": True},
     ]
-    if tiny:
-        layouts = [layouts[0], layouts[4]]
-    engines = ("amp", "deepspeed") if side == "gpu_trl" and not base.lora else ("amp",)
-    return [dataclasses.replace(base, engine=engine, **layout) for engine in engines for layout in layouts]
+    if not tiny:
+        layouts += [{"batching": "padded", "micro_rows": rows} for rows in (1, 4)]
+    if side == "gpu_ours":
+        return [dataclasses.replace(base, **layout) for layout in layouts]
+    engines = ("amp",) if base.lora else ("amp", "deepspeed")
+    # Packed rows want an attention that knows where each ends; padded ones are sdpa's own.
+    kernels = [
+        name
+        for name, package in (("flash_attention_2", "flash_attn"), ("flex_attention", "triton"))
+        if importlib.util.find_spec(package) is not None and not tiny
+    ]
+    packed = [layout for layout in layouts if layout["batching"] == "packed"]
+    chosen = [*layouts, *({**layout, "attention": name} for name in kernels for layout in packed)]
+    return [dataclasses.replace(base, engine=engine, **layout) for engine in engines for layout in chosen]
 
 
 def measure(options: Any, folder: Path, device: str) -> Iterator[Row]:
@@ -102,20 +111,23 @@ def compared(group: str, base: GpuSettings, workload: Path, options: Any) -> Ite
 
 
 def fastest(group: str, side: str, candidates: Sequence[GpuSettings], workload: Path) -> GpuSettings | None:
-    """By one run each; None when none fits into memory. Raises `RuntimeError` when one fails otherwise."""
+    """By one run each; None when none fits into memory. Raises `RuntimeError` when all that fit fail otherwise."""
     rates: list[tuple[float, GpuSettings]] = []
+    failed: RuntimeError | None = None
     for settings in candidates:
         name = f"{group}, {SIDES[side]}, {settings.describe(side)}"
         try:
             measured = run_side(side, workload, dataclasses.asdict(settings))
         except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
-                raise
-            print(f"{name}: does not fit into memory", flush=True)
+            fits = "out of memory" not in str(error).lower()
+            failed = error if fits else failed
+            print(f"{name}: {f'failed: {error}' if fits else 'does not fit into memory'}", flush=True)
             continue
         rates.append((measured.trained_per_s, settings))
         memory = _extra([measured], "peak_memory_mb", ",.0f")
         print(f"{name}: {measured.tokens / measured.wall_s:,.0f} tokens/s, {memory} MiB", flush=True)
+    if failed is not None and not rates:
+        raise failed
     return max(rates, key=lambda rate: rate[0])[1] if rates else None
 
 

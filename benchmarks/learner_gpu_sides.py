@@ -13,7 +13,6 @@ Example::
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,11 +48,13 @@ class GpuSettings:
     checkpointing: bool = False
     engine: Literal["amp", "deepspeed"] = "amp"
     """TRL's alone."""
+    attention: Literal["sdpa", "flex_attention", "flash_attention_2"] = "sdpa"
+    """TRL's alone; ours is chosen by the learner."""
 
     def describe(self, side: str) -> str:
         parts = [self.batching, f"{self.micro_rows} x {self.row_tokens} tokens a micro-batch"]
         parts += ["activations checkpointed"] if self.checkpointing else []
-        parts += [self.engine] if side == "gpu_trl" else []
+        parts += [self.engine, self.attention] if side == "gpu_trl" else []
         return ", ".join(parts)
 
 
@@ -129,12 +130,11 @@ def run_trl(workload: Workload, settings: GpuSettings, folder: Path) -> Measured
         deepspeed=_deepspeed_settings() if deepspeed else None,
         **common_arguments(folder),
     )
-    flash = gpu and importlib.util.find_spec("flash_attn") is not None
     model: Any = AutoModelForCausalLM.from_pretrained(
         settings.student,
         # Under DeepSpeed and below adapters bf16, of which DeepSpeed keeps fp32 masters and LoRA needs none.
         dtype=torch.bfloat16 if deepspeed or settings.lora else torch.float32,
-        attn_implementation="flash_attention_2" if flash else "sdpa",
+        attn_implementation=settings.attention,
     )
     config = gpu_config(settings, folder)
     if settings.lora:
