@@ -109,7 +109,7 @@ def test_each_fault_alone_is_an_engine_failure_in_the_end(fault: str) -> None:
 @pytest.mark.parametrize("fault", ["drop", "no_choices", "null_content", "500"])
 def test_a_stream_that_fails_is_tried_again(fault: str) -> None:
     with FaultServer(echo, faults=[fault], share=0.5, seed=2) as server:
-        results, policy = ask(server, 5, stream=True)
+        results, policy = ask(server, 5, stream=True, timeout_s=20)
         assert server.faults_injected[fault] >= 1
     good(results)
     assert policy.stats()["retries"] == server.faults_injected[fault]
