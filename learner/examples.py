@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from learner.difficulty import Difficulty
+from learner.rollout_scores import teacher_of_rollout
 from learner.token_scores import TokenScores
 from rollout.rendering import Renderer, RenderingError, Row
 from rollout.trajectory import Message, SpanType, Step, Trajectory
@@ -209,7 +210,8 @@ class ExampleMaker:
 
     def _decodes_to(self, ids: tuple[int, ...], content: str) -> bool:
         """Whether the ids are this text and one stop token at its end, for this tokenizer."""
-        if any(not 0 <= i < len(self.renderer.tokenizer) for i in ids):
+        vocabulary = len(self.renderer.tokenizer)
+        if any(not 0 <= i < vocabulary for i in ids):
             return False
         return (
             self.renderer.stop_token_id not in ids[:-1]
@@ -217,19 +219,20 @@ class ExampleMaker:
         )
 
     def _scores(self, trajectory: Trajectory, messages: list[Message], row: Row) -> TokenScores | None:
-        """The scorer's, with the behaviour's log-probabilities from the rollout where it brings none. Raises ValueError
-        for scores that are not this row's."""
+        """The scorer's; where it brings none, the behaviour's log-probabilities and the likeliest tokens that the
+        rollout kept. Raises ValueError for scores that are not this row's."""
         scores = None if self._scorer is None else self._scorer(trajectory.key, row.token_ids)
-        if scores is not None:
-            _check_fit(scores, len(row), len(self.renderer.tokenizer))
-            if scores.behaviour_logprobs is not None:
-                return scores
-        behaviour = _behaviour_logprobs(trajectory, messages, row)
-        if behaviour is None:
+        found = scores or TokenScores()
+        if found.behaviour_logprobs is None:
+            found = dataclasses.replace(found, behaviour_logprobs=_behaviour_logprobs(trajectory, messages, row))
+        if found.teacher_ids is None:
+            kept = teacher_of_rollout(trajectory, messages, trained_runs(row.trained), len(row))
+            if kept is not None:
+                found = dataclasses.replace(found, teacher_ids=kept[0], teacher_logprobs=kept[1])
+        if not found.has:
             return scores
-        if scores is None:
-            return TokenScores(behaviour_logprobs=behaviour)
-        return dataclasses.replace(scores, behaviour_logprobs=behaviour)
+        _check_fit(found, len(row), len(self.renderer.tokenizer))
+        return found
 
     def _mask_problem(self, messages: list[Message], row: Row) -> str | None:
         """Why the row's mask is not exactly the assistant's turns, or None."""

@@ -28,7 +28,7 @@ def cot_messages(cot_prompt: str, question: str) -> list[Message]:
 
 def first_thought_sampling(sampling: Sampling) -> Sampling:
     """One answer up to the end of its first paragraph."""
-    return dataclasses.replace(sampling, n=1, stop=("\n\n",), logprobs=False)
+    return dataclasses.replace(sampling, n=1, stop=("\n\n",), logprobs=False, top_logprobs=0)
 
 
 def first_paragraph(text: str) -> str:

@@ -45,6 +45,8 @@ class Sampling:
     """Strings that end the turn; they stay part of the text."""
     seed: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
+    """Also the log-probabilities of so many of the likeliest tokens at each place; our own vLLM alone knows them."""
     timeout_s: float = 120.0
 
 

@@ -43,10 +43,11 @@ from rollout.trajectory import (
     Usage,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Goes up when a reader of the last version could not read what is written now."""
-READABLE_VERSIONS = (1, 2)
-"""1 knows no prompt ids, usage, guides, losers' tokens and flat columns; they come back as their defaults."""
+READABLE_VERSIONS = (1, 2, 3)
+"""1 knows no prompt ids, usage, guides, losers' tokens and flat columns, 2 no likeliest tokens; they come back as their
+defaults."""
 
 _VERSION_KEY = b"trajectory_schema_version"
 
@@ -112,6 +113,8 @@ _COMPLETION = Struct(  # made when the prompts are joined again
     Field("prefix_by", _text(), get=attrgetter("step.completion.prefix_by"), since=2),
     Field("cost_usd", Leaf(pa.float64()), get=attrgetter("step.completion.cost_usd"), since=2),
     Field("cached", Leaf(pa.bool_()), get=attrgetter("step.completion.cached"), since=2),
+    Field("top_ids", _ids(), get=attrgetter("step.completion.top_ids"), since=3),
+    Field("top_logprobs", _logprobs(), get=attrgetter("step.completion.top_logprobs"), since=3),
     make=dict,
 )
 _CANDIDATE = Struct(

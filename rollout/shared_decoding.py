@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 FinishReason = Literal["stop", "length", "abort"]
+Tops = tuple[tuple["np.ndarray", "np.ndarray"], ...]
+"""Stretches of `Decoded.top`, one after the other."""
 MOST_TOP_K = 20
 """The most log-probabilities a position that vLLM gives by default (its `max_logprobs`)."""
 
@@ -49,7 +51,7 @@ class Decoded:
     stop: str | None = None
     """The stop string that ended it."""
     top: tuple[np.ndarray, np.ndarray] | None = None
-    """Ids and log-probabilities, each [n, top_k], of the likeliest tokens at each position."""
+    """Ids and log-probabilities, each [n, k], of the k likeliest tokens at each position."""
     shared: int = 0
     """How many of its first tokens were decoded for another candidate."""
 
@@ -108,17 +110,19 @@ async def sample_shared(
     top_p: float,
     seed: int | None,
     ends: Callable[[Ids, int], tuple[int, End] | None],
+    keep_top: int = 0,
 ) -> list[Decoded]:
     """`n` candidates, the first the engine's own. The same seed gives the same ones.
 
-    `ends`: a `TurnEnds`. Raises what `decode` raises; the other requests are then cancelled.
+    `ends`: a `TurnEnds`. `keep_top`: the candidates get the so many likeliest tokens at each position, which `decode`
+    then has to give. Raises what `decode` raises; the other requests are then cancelled.
     """
     candidates: list[Decoded | None] = [None] * n
     root = random.Random().getrandbits(64) if seed is None else seed
 
-    async def grow(so_far: Ids, logprobs: tuple[float, ...], members: Sequence[int], branch: str) -> None:
+    async def grow(so_far: Ids, logprobs: tuple[float, ...], members: Sequence[int], branch: str, tops: Tops) -> None:
         first, *others = members
-        said = await decode(so_far, branch=branch, top=bool(others))
+        said = await decode(so_far, branch=branch, top=bool(others or keep_top))
         whole = so_far + said.token_ids
         finish, stop = said.finish_reason, said.stop
         if so_far and (ended := ends(whole, len(so_far))) is not None:
@@ -126,14 +130,17 @@ async def sample_shared(
             whole, finish, stop = whole[: ended[0]], ended[1].finish_reason, ended[1].stop
         known = logprobs + (said.logprobs or ())
         shared = max(0, len(so_far) - 1) if branch else 0
+        if keep_top and said.top is not None:
+            tops = (*tops, said.top)
+        top = _joined(tops, len(whole), keep_top)
         candidates[first] = Decoded(
-            token_ids=whole, logprobs=known[: len(whole)], finish_reason=finish, stop=stop, shared=shared
+            token_ids=whole, logprobs=known[: len(whole)], finish_reason=finish, stop=stop, shared=shared, top=top
         )
         if not others:
             return
         assert said.top is not None
         length = len(whole) - len(so_far)
-        ids, chances = said.top[0][:length], probabilities(said.top[1][:length], temperature, top_p)
+        ids, chances = said.top[0][:length, :top_k], probabilities(said.top[1][:length, :top_k], temperature, top_p)
         own = chances_of(said.token_ids[:length], ids, chances).tolist()
         dice = random.Random(f"{root}/{branch}")
         forks: dict[tuple[int, int], list[int]] = {}
@@ -142,8 +149,9 @@ async def sample_shared(
             at = next((i for i, chance in enumerate(own) if dice.random() >= chance), None)
             if at is None:
                 candidates[member] = Decoded(
-                    token_ids=whole, logprobs=known[: len(whole)], finish_reason=finish, stop=stop, shared=len(whole)
-                )
+                    token_ids=whole, logprobs=known[: len(whole)], finish_reason=finish, stop=stop, shared=len(whole),
+                    top=top,
+                )  # fmt: skip
                 continue
             place = _another(said.token_ids[at], ids[at].tolist(), chances[at].tolist(), dice)
             fork = (at, int(ids[at, place]))
@@ -157,14 +165,26 @@ async def sample_shared(
                 for i, member in enumerate(parted):
                     candidates[member] = Decoded(
                         token_ids=begun, logprobs=likely, finish_reason=ended[1].finish_reason, stop=ended[1].stop,
-                        shared=len(begun) - (i == 0),
+                        shared=len(begun) - (i == 0), top=_joined(tops, len(begun), keep_top),
                     )  # fmt: skip
             else:
-                growing.append(grow(begun, likely, parted, f"{branch}/{at}:{token}"))
+                so_far_top = _joined(tops, len(begun), keep_top)
+                known_tops = () if so_far_top is None else (so_far_top,)
+                growing.append(grow(begun, likely, parted, f"{branch}/{at}:{token}", known_tops))
         await _all(growing)
 
-    await grow((), (), range(n), "")
+    await grow((), (), range(n), "", ())
     return [candidate for candidate in candidates if candidate is not None]
+
+
+def _joined(tops: Tops, length: int, keep: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The `keep` likeliest at each of the first `length` places."""
+    if not keep or not tops:
+        return None
+    import numpy as np
+
+    ids, logprobs = (np.concatenate([each[i][:, :keep] for each in tops])[:length] for i in (0, 1))
+    return ids, logprobs
 
 
 def probabilities(logprobs: np.ndarray, temperature: float, top_p: float) -> np.ndarray:

@@ -74,6 +74,10 @@ class Completion:
     """[n] ids of prefix + sampled tokens, the stop token included when sampled; None when the policy does not tell."""
     logprobs: tuple[float, ...] | None = None
     """[n_sampled] natural-log probabilities of the sampled tokens, the last of `token_ids`."""
+    top_ids: tuple[int, ...] | None = None
+    """[n_sampled * k] the k likeliest tokens in the place of each sampled one, likeliest first; None when not asked."""
+    top_logprobs: tuple[float, ...] | None = None
+    """[n_sampled * k] theirs."""
     finish_reason: Literal["stop", "length", "abort"] = "stop"
     weights_version: str = ""
     prompt_tokens: int = 0

@@ -215,7 +215,7 @@ class VllmPolicy:
                 "seed": None if sampling.seed is None else _spread(f"{sampling.seed}{branch}"),
             }
             if top:
-                changes |= {"logprobs": sampling.top_k, "flat_logprobs": True}
+                changes |= {"logprobs": max(sampling.top_k, sampling.top_logprobs), "flat_logprobs": True}
             [decoded] = await self._generate(prompt_ids + so_far, {**parameters, **changes})
             return decoded
 
@@ -232,6 +232,7 @@ class VllmPolicy:
                 stop=sampling.stop,
                 max_tokens=limit,
             ),
+            keep_top=sampling.top_logprobs,
         )
 
     async def _generate(self, prompt_ids: Ids, parameters: dict[str, Any]) -> list[Decoded]:
@@ -318,8 +319,8 @@ class VllmPolicy:
             "stop_token_ids": [self._renderer.stop_token_id],
             # vLLM gives candidate i the seed + i: neighbouring seeds must not share candidates.
             "seed": None if sampling.seed is None else _spread(sampling.seed),
-            "logprobs": 0 if sampling.logprobs else None,
-            "flat_logprobs": sampling.logprobs,  # three lists instead of an object for each token
+            "logprobs": sampling.top_logprobs or (0 if sampling.logprobs else None),
+            "flat_logprobs": True,  # three lists instead of an object for each token
             "detokenize": bool(sampling.stop),  # only stop strings need the engine's text
         }
 
@@ -331,10 +332,13 @@ class VllmPolicy:
             sampled=decoded.token_ids,
             stop=decoded.stop,
         )
+        top_ids, top_logprobs = decoded.top or (None, None)
         return Completion(
             text=text,
             token_ids=ids,
             logprobs=decoded.logprobs,
+            top_ids=None if top_ids is None else tuple(top_ids.ravel().tolist()),
+            top_logprobs=None if top_logprobs is None else tuple(top_logprobs.ravel().tolist()),
             finish_reason=decoded.finish_reason,
             weights_version=version,
             prompt_tokens=len(prompt_ids),

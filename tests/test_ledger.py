@@ -73,6 +73,8 @@ completions = every_field(
     text=texts,
     token_ids=optional_tuple(small),
     logprobs=optional_tuple(st.floats(width=32, allow_nan=False)),
+    top_ids=optional_tuple(small),
+    top_logprobs=optional_tuple(st.floats(width=32, allow_nan=False)),
     finish_reason=st.sampled_from(["stop", "length", "abort"]),
     weights_version=texts,
     prompt_tokens=small,
