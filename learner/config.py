@@ -101,7 +101,8 @@ class CurriculumConfig:
     """For the last two: a ledger, such as that of an evaluation, or a JSON file of task id -> success rate. Empty: what
     the stream itself says of the teacher, from the second pass on."""
     window_rows: int = 0
-    """First pass: rows that are waited for and then taken in order, again and again; 0: as they come."""
+    """First pass: rows that are waited for (at most `data_timeout_s`) and then taken in order, again and again; 0: as
+    they come."""
     ordered_passes: int | None = None
     """So many passes are ordered, the stream's included, and shuffled ones follow; None: all."""
     start_share: float = 0.3

@@ -234,7 +234,8 @@ def test_settings_that_cannot_work_are_named(config: Any, complaint: str) -> Non
 
 
 def test_a_learner_trains_in_the_curriculums_order(tmp_path: Path) -> None:
-    """Two passes, a row a step: by length, each row is at least as long as the one before it."""
+    """Two passes, a row a step: by length, each row is at least as long as the one before it. The window is larger than
+    what the learner takes in ahead of its steps."""
     base = save_tiny_student(tmp_path / "base")
     config = LearnerConfig(
         model_path=str(base),
@@ -242,6 +243,7 @@ def test_a_learner_trains_in_the_curriculums_order(tmp_path: Path) -> None:
         epochs=2,
         rows_per_step=1,
         precision="fp32",
+        ahead_rows=4,
         curriculum=CurriculumConfig(order="ascending", by="length", window_rows=12),
     )
     tokens = [0]
