@@ -81,7 +81,7 @@ def engine_settings(config: LearnerConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    return {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,  # more than one; the true number varies and is told by the boundary
         "gradient_clipping": config.gradient_clipping if config.zero_stage > 0 else 0.0,
@@ -92,3 +92,8 @@ def engine_settings(config: LearnerConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if config.precision == "bf16" and config.zero_stage >= 2:
+        # In bf16, DeepSpeed's default, the sum over 32 micro-batches is off by 0.7% (0.2% in fp32). Stage 1 would be
+        # another optimizer class of DeepSpeed's with it.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings

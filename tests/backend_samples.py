@@ -26,7 +26,7 @@ def config_of(base: Path, out: Path, **changes: Any) -> LearnerConfig:
         "precision": "fp32",
         "lr": 5e-3,
         "warmup_steps": 0,
-        "collective_timeout_s": 30.0,
+        "collective_timeout_s": 120.0,
         "batching": "bucketed",
     }
     if isinstance(changes.get("lora"), dict):
@@ -82,20 +82,25 @@ def train(backend: DeepSpeedBackend, steps: range) -> list[float]:
 
 
 def main() -> None:
-    """argv: base, folder of checkpoints, rank, ranks, first step, last step, port, result file, changes as JSON.
+    """argv: base, folder, rank, ranks, first step, last step, port, result file, settings as JSON (name -> changes).
 
-    Resumes from the folder where there is something, trains, and saves a checkpoint at the end.
+    For each of the settings: resumes from `folder/name` where there is something, trains, and saves a checkpoint there.
+    The result is name -> losses.
     """
-    base, folder, rank, ranks, first, last, port, result, changes = sys.argv[1:]
+    base, folder, rank, ranks, first, last, port, result, settings = sys.argv[1:]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    config = config_of(Path(base), Path(folder), ranks=int(ranks), **json.loads(changes))
-    backend = DeepSpeedBackend(config, rank=int(rank), world_size=int(ranks))
-    backend.load_checkpoint(Path(folder))
-    losses = train(backend, range(int(first), int(last)))
-    backend.save_checkpoint(Path(folder), int(last), {"step": int(last)})
+    losses: dict[str, list[float]] = {}
+    backend = None
+    for name, changes in json.loads(settings).items():
+        config = config_of(Path(base), Path(folder), ranks=int(ranks), **changes)
+        backend = DeepSpeedBackend(config, rank=int(rank), world_size=int(ranks))
+        backend.load_checkpoint(Path(folder) / name)
+        losses[name] = train(backend, range(int(first), int(last)))
+        backend.save_checkpoint(Path(folder) / name, int(last), {"step": int(last)})
     if int(rank) == 0:
         Path(result).write_text(json.dumps(losses))
-    backend.close()
+    if backend is not None:
+        backend.close()
 
 
 if __name__ == "__main__":

@@ -225,22 +225,34 @@ def test_no_checkpoint_is_none(base: Path, tmp_path: Path) -> None:
 # -- other numbers of ranks
 
 
-def run_ranks(base: Path, folder: Path, steps: range, *, ranks: int, changes: dict[str, Any]) -> list[float]:
-    """A process per rank that resumes from `folder`, trains and saves there. Mean losses of all ranks."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "zero-0": {"zero_stage": 0},
+    "zero-1": {"zero_stage": 1},
+    "zero-2": {"zero_stage": 2},
+    "zero-3": {"zero_stage": 3},
+    "zero-2-muon": {"zero_stage": 2, "optimizer": "muon", "gradient_clipping": 0.0},
+    "zero-3-muon": {"zero_stage": 3, "optimizer": "muon", "gradient_clipping": 0.0},
+    "zero-2-lora-bf16": {"zero_stage": 2, "precision": "bf16", "lora": {"rank": 4, "alpha": 8.0}},
+}
+
+
+def run_ranks(base: Path, folder: Path, steps: range, *, ranks: int) -> dict[str, list[float]]:
+    """A process per rank that for each of the settings resumes from `folder`, trains and saves there. Mean losses of
+    all ranks."""
     result, port = folder.with_suffix(f".{steps.stop}.json"), free_port()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     processes = [
         subprocess.Popen(
             [
                 sys.executable, str(ROOT / "tests" / "backend_samples.py"), str(base), str(folder), str(rank),
-                str(ranks), str(steps.start), str(steps.stop), str(port), str(result), json.dumps(changes),
+                str(ranks), str(steps.start), str(steps.stop), str(port), str(result), json.dumps(SETTINGS),
             ],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -249,28 +261,13 @@ def run_ranks(base: Path, folder: Path, steps: range, *, ranks: int, changes: di
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"zero_stage": 0},
-        {"zero_stage": 2},
-        {"zero_stage": 3},
-        {"zero_stage": 2, "optimizer": "muon", "gradient_clipping": 0.0},
-        {"zero_stage": 3, "optimizer": "muon", "gradient_clipping": 0.0},
-        {"zero_stage": 2, "precision": "bf16", "lora": {"rank": 4, "alpha": 8.0}},
-    ],
-    ids=lambda changes: "-".join(str(value) for value in changes.values() if isinstance(value, (int, str))),
-)
-def test_another_number_of_ranks_goes_on(
-    base: Path, tmp_path: Path, before: int, after: int, changes: dict[str, Any]
-) -> None:
-    alone = train(start(base, **_plain(changes)), range(5))
-    first = run_ranks(base, tmp_path / "checkpoints", range(3), ranks=before, changes=changes)
-    rest = run_ranks(base, tmp_path / "checkpoints", range(3, 5), ranks=after, changes=changes)
-    exact = changes.get("optimizer") != "muon" and "precision" not in changes
-    assert first + rest == pytest.approx(alone, abs=5e-5 if exact else 0.02)
-
-
-def _plain(changes: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(changes))
+def test_another_number_of_ranks_goes_on(base: Path, tmp_path: Path, before: int, after: int) -> None:
+    first = run_ranks(base, tmp_path / "checkpoints", range(3), ranks=before)
+    rest = run_ranks(base, tmp_path / "checkpoints", range(3, 5), ranks=after)
+    for name, changes in SETTINGS.items():
+        alone = train(start(base, **json.loads(json.dumps(changes))), range(5))
+        # Muon iterates in bf16: what is added up in another order comes out another way.
+        tolerance = 0.02 if "muon" in name or "bf16" in name else 5e-5
+        assert first[name] + rest[name] == pytest.approx(alone, abs=tolerance), name
