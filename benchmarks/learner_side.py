@@ -31,6 +31,8 @@ from benchmarks.learner_world import Measured, Workload
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Side:
+    """Where a side is run from; `one_core`: on one core and no GPU."""
+
     module: str
     settings: str
     run: str = "run"
@@ -63,9 +65,12 @@ def save(workload: Workload, file: Path) -> None:
 def run_side(side: str, workload: Path, settings: Mapping[str, Any]) -> Measured:
     """Raises `RuntimeError` with the end of what the process said when it fails."""
     command = [sys.executable, __file__, side, str(workload), json.dumps(dict(settings))]
+    environment = {**os.environ, **ENVIRONMENT}
+    if SIDES[side].one_core:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a CPU's number, also on a machine with GPUs
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=TIMEOUT_S, check=False,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode or not found:
