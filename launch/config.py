@@ -133,6 +133,10 @@ class EvaluateConfig:
     concurrency: int = 48
     validation_tasks: int = 48
     """learner.best_by "rollout_score": how many of the tasks that are held out of training a student is scored on."""
+    during_training_every_steps: int = 0
+    """Watch how well the student acts while it learns, after so many steps (`launch.live_evaluation`); 0: do not."""
+    publish_deadline_s: float = 600.0
+    """Within it a running engine has to have taken such a student's weights."""
     dtype: str = "auto"
     kv_cache_mb: int | None = None
     enforce_eager: bool = False
@@ -142,9 +146,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_bounds(
             self,
-            at_least_0=("fruitless_steps", "temperature", "top_k"),
+            at_least_0=("fruitless_steps", "temperature", "top_k", "during_training_every_steps"),
             at_least_1=("max_tokens", "max_model_len", "candidates", "concurrency", "validation_tasks", "kv_cache_mb"),
-            above_0=("top_p",),
+            above_0=("top_p", "publish_deadline_s"),
             shares=("top_p",),
         )
 
@@ -275,6 +279,16 @@ class DistillConfig(JobConfig):
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # `super()` finds no class in a dataclass with slots
+        if self.learner.publish_every_steps:
+            raise ValueError(
+                "learner.publish_every_steps is for learners that are handed a publisher; in this job, "
+                "evaluate.during_training_every_steps says how often weights are published"
+            )
+        if self.evaluate.during_training_every_steps and self.learner.best_by == "rollout_score":
+            raise ValueError(
+                "evaluate.during_training_every_steps and learner.best_by 'rollout_score' both run the student while "
+                "it learns; set one of them to its default"
+            )
         if self.tasks.source == "files" and not (self.tasks.train and self.tasks.test):
             raise ValueError("source 'files' needs at least one file in both tasks.train and tasks.test")
 

@@ -22,6 +22,7 @@ from launch.evaluate import EvaluationError, run_evaluation, student_settings, s
 from launch.intervals import Score
 from launch.joint_collection import JointCollection
 from launch.live import LiveView
+from launch.live_evaluation import LiveEvaluation, start_live_evaluation
 from launch.report import draw_learning_curve, score_table, scores_to_json
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
@@ -91,7 +92,7 @@ def start_environments(config: DistillConfig, world: World, assigned: list[Assig
     learn: the last is theirs."""
     slots = [each.slots(config) for each in assigned]
     slots[0] = max(slots[0], config.evaluate.concurrency)
-    if config.learner.best_by == "rollout_score":
+    if config.learner.best_by == "rollout_score" or config.evaluate.during_training_every_steps:
         slots.append(min(config.evaluate.concurrency, config.evaluate.validation_tasks))
     return Environments.start(config, world.retriever, slots=slots)
 
@@ -125,23 +126,30 @@ class _Stages:
             left_out = ", ".join(describe(each) for each in curation.filters if each not in curation.stream.filters)
             self.view.say(f"curation: {left_out} must see all trajectories first, and are left out on a stream")
         source = StreamSource(self.folder.ledger, queue, curation)
+        live = start_live_evaluation(
+            config, self.environments, train=self.world.train, test=self.world.test,
+            base=str(_model_folder(config.learner)), group=len(self.assigned), learner_folder=self.folder.learner,
+            scores=self.folder.scores, say=self.view.say,
+        )  # fmt: skip
         learner = LearnerGroup.start(
-            learner_config(config, self.folder, total), source, gpus_per_rank=config.cluster.gpus_per_rank
-        )
+            learner_config(config, self.folder, total), source, gpus_per_rank=config.cluster.gpus_per_rank,
+            publisher=None if live is None else live.publisher,
+        )  # fmt: skip
         try:
             learner.run()
             collection, self.teachers = start_collections(
                 config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue, meter=self.meter
             )
             workers = self._student_workers()
-            scores = None if workers is None else StudentScores(workers.start, say=self.view.say)
+            scores = live if workers is None else StudentScores(workers.start, say=self.view.say)
             try:
                 with self.view.stage("the teacher acts, the student learns"):
                     self._watch(collection, learner, queue, scores)
             finally:
                 collection.close()
-                if scores is not None and workers is not None:
+                if scores is not None:
                     scores.close()
+                if workers is not None:
                     workers.close()
             final = learner.result(timeout_s=60)
         finally:
@@ -174,7 +182,7 @@ class _Stages:
         collection: JointCollection,
         learner: LearnerGroup,
         queue: TrajectoryQueue,
-        scores: StudentScores | None,
+        scores: StudentScores | LiveEvaluation | None,
     ) -> None:
         began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
         first_step, collected, last_step = self.folder.first_step, False, -1
@@ -251,6 +259,7 @@ def learner_config(config: DistillConfig, folder: RunFolder, total: int) -> Lear
         scores=_absolute(config.learner.scores),
         curriculum=replace(config.learner.curriculum, rates=_absolute(config.learner.curriculum.rates)),
         tracking=replace(config.learner.tracking, run_name=config.learner.tracking.run_name or folder.path.name),
+        publish_every_steps=config.evaluate.during_training_every_steps,
         expected_trajectories=total,
     )
 

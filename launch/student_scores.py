@@ -126,14 +126,18 @@ class StudentWorkers:
         self._spec, self._group, self._ledgers = student_spec(config, base), group, ledgers
         self._actors: list[Any] = []
 
-    def start(self, folder: Path, step: int) -> Evaluation:
+    def actors(self) -> list[Any]:
+        """The worker, started if need be."""
         if not self._actors:
             self._actors = start_workers(self._config, self._spec, count=1)
+        return list(self._actors)
+
+    def start(self, folder: Path, step: int) -> Evaluation:
         ledger = self._ledgers / f"step-{step:07d}"
         collection = start_evaluation(
             self._config,
             self._environments,
-            self._actors,
+            self.actors(),
             self._tasks,
             policy=self._spec.policy_name,
             settings=student_settings(self._config, "greedy"),
