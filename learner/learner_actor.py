@@ -115,6 +115,7 @@ class LearnerGroup:
         self._actors: list[Any] = []
         self._refs: list[Any] = []
         self._last = Progress()
+        self._heard_at_s = time.monotonic()
         self._stopping = False
         self._failed: LearnerError | None = None
         self._restarting: threading.Thread | None = None
@@ -184,8 +185,8 @@ class LearnerGroup:
         return list(self._refs)
 
     def progress(self, timeout_s: float = 10.0) -> Progress:
-        """Rank 0's snapshot; while ranks are started again, the last one. Raises `LearnerError` when rank 0 is silent,
-        or dead for good."""
+        """Rank 0's snapshot; the last one while ranks are started again, or when rank 0 is too busy to answer. Raises
+        `LearnerError` when it has been silent for `collective_timeout_s`, or is dead for good."""
         import ray
         import ray.exceptions
 
@@ -194,10 +195,14 @@ class LearnerGroup:
         if self._restarting is None:
             try:
                 last: Any = ray.get(self._actors[0].progress.remote(), timeout=timeout_s)
-                self._last = last
+                self._last, self._heard_at_s = last, time.monotonic()
             except (ray.exceptions.RayError, TimeoutError) as error:
-                dead = isinstance(error, ray.exceptions.RayActorError)
-                if not (dead and self._refs and self.restarts < self._config.restarts):  # else: `finished` sees to it
+                if isinstance(error, TimeoutError):
+                    patient = time.monotonic() - self._heard_at_s < self._config.collective_timeout_s
+                else:  # `finished` starts the dead again
+                    dead = isinstance(error, ray.exceptions.RayActorError)
+                    patient = dead and bool(self._refs) and self.restarts < self._config.restarts
+                if not patient:
                     raise LearnerError(f"rank 0 of the learner does not answer: {error}") from error
         return dataclasses.replace(self._last, restarts=self.restarts)
 

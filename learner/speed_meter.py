@@ -37,9 +37,12 @@ class SpeedMeter:
     @classmethod
     def of(cls, backend: DeepSpeedBackend, config: LearnerConfig, *, ranks: int) -> SpeedMeter:
         """For the backend's model on its device; ranks are taken to have the same device."""
+        from transformers import AutoConfig
+
         peak = peak_flops(backend.device, threads=config.threads, bf16=config.precision != "fp32")
         return cls(
-            flops=ModelFlops.of(backend.model_config, lora=config.lora), peak=None if peak is None else peak * ranks
+            flops=ModelFlops.of(AutoConfig.from_pretrained(config.model_path), lora=config.lora),
+            peak=None if peak is None else peak * ranks,
         )
 
     def planned(self, plan: StepPlan, lengths: Sequence[int]) -> None:

@@ -183,6 +183,7 @@ def test_by_default_nothing_leaves_the_machine() -> None:
 
 WANDB = """
 import json, pathlib
+import os
 class _Run:
     def __init__(self, said): self.path = pathlib.Path(said["dir"]) / "told.jsonl"; self._say(init=said)
     def _say(self, **what):
@@ -190,7 +191,7 @@ class _Run:
     def define_metric(self, name, step_metric=None): self._say(metric=[name, step_metric])
     def log(self, numbers): self._say(log=numbers)
     def finish(self): self._say(finish=True)
-def init(**said): return _Run(said)
+def init(**said): return _Run(said | {"reports": os.environ["WANDB_ERROR_REPORTING"]})
 """
 MLFLOW = """
 import json, os, pathlib
@@ -202,7 +203,7 @@ class MlflowClient:
     def get_experiment_by_name(self, name): return None
     def create_experiment(self, name): self._say(experiment=name); return "7"
     def create_run(self, number, run_name):
-        self._say(run=[number, run_name])
+        self._say(run=[number, run_name], quiet=os.environ["MLFLOW_DISABLE_TELEMETRY"])
         return type("Run", (), {"info": type("Info", (), {"run_id": "r1"})})
     def log_param(self, run_id, key, value): self._say(param=[key, value])
     def log_batch(self, run_id, metrics): self._say(log=[[m.key, m.value, m.step] for m in metrics])
@@ -230,7 +231,9 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.syspath_prepend(str(packages))
     for name in [name for name in sys.modules if name.partition(".")[0] in ("wandb", "mlflow")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(variable, "")  # so that it is put back after the test
+        monkeypatch.delenv(variable)
     folder = tmp_path / "run" / "learner"
     folder.mkdir(parents=True)
     yield folder
@@ -254,6 +257,7 @@ def test_weights_and_biases_is_told_every_step_and_a_resumed_run_is_the_same_run
     track(config, stand_ins, 3)
     said = told(stand_ins)
     first, second = (line["init"] for line in said if "init" in line)
+    assert first["reports"] == "false"
     assert (first["project"], first["name"], first["config"]) == ("agents", "run", {"lr": 0.1})
     assert first["id"] == second["id"] and first["resume"] == "allow"
     logged = [line["log"] for line in said if "log" in line]
@@ -267,6 +271,7 @@ def test_mlflow_writes_beside_the_run_unless_told_otherwise(stand_ins: Path) -> 
     track(config, stand_ins, 2)
     said = told(stand_ins)
     assert [line["run"] for line in said if "run" in line] == [["7", "mine"]]
+    assert [line["quiet"] for line in said if "run" in line] == ["true"]
     assert {"param": ["lr", "0.1"]} in said and said[-1] == {"finish": "r1"}
     assert [line["log"][0] for line in said if "log" in line] == [["loss", 1.0, 1], ["loss", 0.5, 2]]
 

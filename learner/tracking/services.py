@@ -1,8 +1,9 @@
 """Trackers of others: TensorBoard, Weights & Biases, MLflow. Each is imported only when it is configured.
 
 They may wait for a disk or a network, so each works in a thread of its own (`InBackground`). The offline modes of the
-services hold: WANDB_MODE=offline writes a folder to be synced later, and MLflow writes files unless MLFLOW_TRACKING_URI
-names a server. A resumed run goes on in the same run of the service; its id is kept in the learner's folder.
+services hold: WANDB_MODE=offline writes a folder to be synced later, and MLflow writes a database beside the run unless
+MLFLOW_TRACKING_URI names a server. Neither reports on its own use unless its variables ask for it. A resumed run goes
+on in the same run of the service; its id is kept in the learner's folder.
 
 Example::
 
@@ -12,6 +13,7 @@ Example::
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
@@ -101,6 +103,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases, under its own settings (WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY, ...)."""
 
     def __init__(self, project: str, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # pyright: ignore[reportMissingImports]
 
         run_id = _kept_id(folder / WANDB_ID, lambda: uuid.uuid4().hex[:12])
@@ -127,8 +130,7 @@ class MLflow:
     plain folders)."""
 
     def __init__(self, experiment: str, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        import os
-
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
