@@ -110,15 +110,22 @@ def _is_template_text(tokenizer: Any, ids: Sequence[int], messages: list[Message
         for message in messages
     ]
     text = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=False, return_dict=False)
-    for mark, content in marks.items():
-        before, found, behind = text.partition(mark)
-        if not found:
-            return False
-        text = before + content + behind
-    row = decode(tokenizer, ids)
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     # A tokenizer may change what is read before it sees it, as Qwen's does (Unicode's form C).
-    return text.startswith(row) or (normalizer is not None and normalizer.normalize_str(text).startswith(row))
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    texts = [text] if normalizer is None else [text, normalizer.normalize_str(text)]
+    row = decode(tokenizer, ids)
+    return any(_with_contents(text, marks).startswith(row) for text in texts)
+
+
+def _with_contents(text: str, marks: dict[str, str]) -> str:
+    """`text` with each mark replaced by its content; "" when one is not there."""
+    whole: list[str] = []
+    for mark, content in marks.items():
+        before, found, text = text.partition(mark)
+        if not found:
+            return ""
+        whole += [before, content]
+    return "".join([*whole, text])
 
 
 def _turn_end(ids: tuple[int, ...], start: int, stop_id: int) -> int | None:
