@@ -60,7 +60,7 @@ class LiveEvaluation:
         self.publisher = publisher
         self._start, self._published, self._record, self._say, self._end = start, published, record, say, end
         self._under_way: tuple[int, Evaluation, contextlib.ExitStack] | None = None
-        self._newest = ""
+        self._newest = self._receipt = ""
         self._failures = 0
 
     def serve(self, learner: PublishingLearner) -> None:
@@ -79,7 +79,7 @@ class LiveEvaluation:
                 self._say(f"the student of step {step} could not be evaluated: {error}")
             self._end_evaluation()
         if at.published and at.published != self._newest:
-            self._newest = at.published
+            self._newest, self._receipt = at.published, at.publish_told
             self._begin(at.published)
 
     def close(self) -> None:
@@ -100,8 +100,9 @@ class LiveEvaluation:
     def _tell(self, step: int, score: float) -> None:
         self._say(f"the student of step {step} solves {100 * score:.0f}% of the tasks that it is watched on")
         self._record.parent.mkdir(parents=True, exist_ok=True)
+        line = {"step": step, "score": score, "receipt": self._receipt, "unix_s": time.time()}
         with open(self._record, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "score": score, "unix_s": time.time()}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def _end_evaluation(self) -> None:
         if self._under_way is not None:
