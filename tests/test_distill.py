@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.audit import main as audit
 from launch.distill import main as distill
+from learner.audit.__main__ import main as audit
 from rollout.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
