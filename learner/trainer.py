@@ -481,8 +481,9 @@ class Learner:
 
     def _state(self) -> dict[str, Any]:
         at = self._progress
-        kept = ("step", "tokens", "trained_tokens", "rows", "fraction", "loss", "validation_loss", "snapshots")
-        progress = {name: getattr(at, name) for name in kept}
+        counts = ("step", "tokens", "trained_tokens", "rows", "fraction", "snapshots")
+        measures = ("loss", "accuracy", "validation_loss", "validation_accuracy")
+        progress = {name: getattr(at, name) for name in (*counts, *measures)}
         return {
             "curriculum": self._curriculum.state(),
             "progress": progress,
