@@ -34,8 +34,9 @@ def config_of(base: Path, out: Path, **changes: Any) -> LearnerConfig:
     return LearnerConfig(model_path=str(base), output_dir=str(out), **{**settings, **changes})
 
 
-def batches_of(step: int, *, rows: int = 4, width: int = 24) -> list[MicroBatch]:
-    """One micro-batch per row; the same for everybody who asks for the step."""
+def batches_of(step: int, *, rows: int = 6, width: int = 16) -> list[MicroBatch]:
+    """One micro-batch per row; the same for everybody who asks for the step. Six go into 1, 2 and 3 ranks, which must
+    do the same number of them."""
     rng = np.random.default_rng(step)
     batches = []
     for _ in range(rows):

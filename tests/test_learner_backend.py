@@ -26,8 +26,8 @@ from learner.side_parameters import SideParameters
 from learner.trained_state import MASTER
 
 SAME = 5e-5
-"""Losses of about 8 in fp32: the engines add the same numbers up in another order, which has grown to 4e-6 here after
-seven steps; a wrong scale, clip or decay shows at 1e-3."""
+"""Losses of about 8 in fp32: the engines add the same numbers up in another order, which has grown to 1e-5 here after
+four steps; a wrong scale, clip or decay shows at 1e-3."""
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def start(base: Path, **changes: Any) -> DeepSpeedBackend:
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_every_zero_stage_reaches_the_same_loss(base: Path, lora: LoraConfig | None) -> None:
-    runs = {stage: train(start(base, zero_stage=stage, lora=lora, lr=1e-2), range(7)) for stage in range(4)}
-    assert runs[0][-1] < runs[0][0] - 0.05  # the same tokens, seen three times
+    runs = {stage: train(start(base, zero_stage=stage, lora=lora, lr=2e-2), range(4)) for stage in range(4)}
+    assert runs[0][3] < runs[0][0] - 0.05  # the same tokens again
     for stage in (1, 2, 3):
         assert runs[stage] == pytest.approx(runs[0], abs=SAME), stage
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "all")])
+@pytest.mark.parametrize(("stage", "offload"), [pytest.param(2, "optimizer", marks=pytest.mark.slow), (3, "all")])
 def test_offloaded_states_train_alike(base: Path, stage: int, offload: str) -> None:
     here = train(start(base, zero_stage=stage), range(3))
     there = train(start(base, zero_stage=stage, offload=offload), range(3))
@@ -179,7 +179,7 @@ def test_a_pass_that_needs_too_much_memory_is_explained(base: Path) -> None:
     batch = batches_of(0, rows=1)[0]
     real = backend.student.model.get_input_embeddings().forward
     backend.student.model.get_input_embeddings().forward = lambda ids: real(ids).repeat(1, 1, 2**50)
-    with pytest.raises(LearnerError, match="out of memory in the forward pass of 24 tokens"):
+    with pytest.raises(LearnerError, match="out of memory in the forward pass of 16 tokens"):
         backend.forward(batch)
 
 
@@ -204,6 +204,12 @@ def test_bf16_gradients_are_looked_at_before_the_step() -> None:
     assert told["bf16"] == {"enabled": True, "check_grad_overflow": True} and told["gradient_clipping"] == 0.5
 
 
+@pytest.mark.parametrize(("stage", "told"), [(1, None), (2, {"grad_accum_dtype": "fp32"})])
+def test_the_sum_of_bf16_gradients_is_told_to_be_fp32(stage: int, told: dict[str, str] | None) -> None:
+    assert engine_settings(settings_of(zero_stage=stage, precision="bf16")).get("data_types") == told
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_gradients_of_many_micro_batches_are_summed_in_fp32(base: Path, stage: int) -> None:
     name = "model.model.layers.0.mlp.down_proj.weight"
@@ -284,7 +290,7 @@ def test_every_schedule_warms_up_by_steps(schedule: str) -> None:
 # -- the average
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_average_is_of_the_weights_after_each_step(base: Path, stage: int) -> None:
     backend = start(base, zero_stage=stage, ema=EmaConfig(decay=0.3))
     name = next(name for name in backend.state.names() if "q_proj.weight" in name)

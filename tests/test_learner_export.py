@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(base: Path, folder: Path, *, stage: int = 0, **lora: Any) -> Path:
     config = config_of(base, folder, zero_stage=stage, lr=5e-2, lora=LoraConfig(rank=4, alpha=8.0, **lora))
     backend = DeepSpeedBackend(config, rank=0, world_size=1)
-    train(backend, range(2))
+    train(backend, range(1))
     backend.export(folder / "student", facts={"optimizer steps": 2}, data={"trajectories trained on": 12})
     return folder / "student"
 
@@ -42,7 +42,7 @@ def logits_of(folder: Path, adapter: Path | None = None) -> torch.Tensor:
         return model.eval()(PROMPT).logits
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_adapter_on_its_base_is_the_merged_student(base: Path, tmp_path: Path, stage: int) -> None:
     merged = exported(base, tmp_path / "merged", stage=stage)
     adapter = exported(base, tmp_path / "adapter", stage=stage, export="adapter")
