@@ -142,6 +142,7 @@ def test_a_budget_of_tokens_ends_the_run_and_leads_the_schedule(base: Path, tmp_
     assert (tmp_path / "snapshots" / "0.5" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_zero_stage_trains_alike(base: Path, tmp_path: Path, optimizer: str) -> None:
     runs = {}
@@ -155,7 +156,7 @@ def test_every_zero_stage_trains_alike(base: Path, tmp_path: Path, optimizer: st
         assert runs[stage] == pytest.approx(runs[0], abs=0.02), stage
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_bf16_weights_train_with_fp32_masters(base: Path, tmp_path: Path, stage: int) -> None:
     final, steps = train(
         config_of(base, tmp_path, zero_stage=stage, precision="bf16", gradient_clipping=0.0), ROWS[:12]
