@@ -185,7 +185,7 @@ class _Stages:
         scores: StudentScores | LiveEvaluation | None,
     ) -> None:
         began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
-        first_step, collected, last_step = self.folder.first_step, False, -1
+        first_step, collected, last_step, restarts = self.folder.first_step, False, -1, 0
         with open(self.folder.metrics, "a") as metrics:
             while not (collected and learner.finished()):
                 if collected:
@@ -206,6 +206,9 @@ class _Stages:
                 self.view.show(shown, last=collected and learner.finished())
                 if seen.stopped:
                     raise CollectionError(seen.stopped)
+                if learned.restarts > restarts:
+                    restarts = learned.restarts
+                    self.view.say("a rank of the learner died; all of them start again from the last checkpoint")
                 if learned.first_step_unix_s is not None and not first_step.exists():
                     write_json(first_step, {"unix_s": learned.first_step_unix_s})
                 if learned.step != last_step:

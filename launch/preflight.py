@@ -19,6 +19,7 @@ def check(config: DistillConfig) -> None:
     """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not
     answer."""
     from launch.run_folder import RunFolder
+    from learner.needed_scores import configured_scorer, refuse_missing_scores
     from learner.objectives import OBJECTIVES, make_objective
     from learner.tracking import check_installed
 
@@ -26,11 +27,11 @@ def check(config: DistillConfig) -> None:
     if objective not in OBJECTIVES:
         known = ", ".join(sorted(OBJECTIVES))
         raise ConfigError(f"config learner.objective: {objective!r} is unknown; there are {known}")
-    if config.learner.objective_options:
-        try:
-            make_objective(objective, **config.learner.objective_options)
-        except ValueError as error:
-            raise ConfigError(f"config learner.objective_options: {error}") from None
+    try:
+        made = make_objective(objective, **config.learner.objective_options)
+    except ValueError as error:
+        raise ConfigError(f"config learner.objective_options: {error}") from None
+    refuse_missing_scores(config.learner, made, configured_scorer(config.learner))
     check_installed(config.learner.tracking)
     if config.learner.lora is not None and config.learner.lora.export == "adapter":
         raise ConfigError(

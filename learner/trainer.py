@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from learner.arrival_log import ArrivalLog
 from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
-from learner.config import ConfigError, LearnerConfig
+from learner.config import LearnerConfig
 from learner.curriculum import Curriculum, held_out, make_ordering
 from learner.examples import Example, ExampleMaker, RefusedRow, Scorer
 from learner.gradient_guard import GradientGuard
 from learner.intake import END, Arrival, Intake
 from learner.model_selection import BestStudent, copy_folder
+from learner.needed_scores import configured_scorer, refuse_missing_scores
 from learner.packing import MicroBatch, StepPlan, plan_step
 from learner.publish import CheckRows, Publications, WeightPublisher
 from learner.rank_work import Done, Order, RankWork, lost_a_rank
@@ -40,7 +41,6 @@ from learner.tracking import Tracker, check_installed
 
 if TYPE_CHECKING:
     from learner.deepspeed_backend import DeepSpeedBackend
-    from learner.objectives import Objective
 
 
 class Learner:
@@ -73,10 +73,10 @@ class Learner:
         self.world_size = world_size
         self._source = source
         self._on_progress = on_progress
-        self._scorer = scorer if scorer is not None or rank != 0 else _stored_scores(config)
+        self._scorer = scorer if scorer is not None or rank != 0 else configured_scorer(config)
         self._objective = make_objective(config.objective, **config.objective_options)
         if rank == 0:
-            _refuse_missing_scores(config, self._objective, self._scorer)
+            refuse_missing_scores(config, self._objective, self._scorer)
         self._progress = Progress()
         self._stop = threading.Event()
         self._scores: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
@@ -521,28 +521,6 @@ class Learner:
 
     def _update(self, **changes: Any) -> None:
         self._progress = dataclasses.replace(self._progress, **changes)
-
-
-def _stored_scores(config: LearnerConfig) -> Scorer | None:
-    """The scorer that the configuration names. Raises `ConfigError`."""
-    if not config.scores:
-        return None
-    from learner.stored_scores import StoredScores, StoredScoresError
-
-    try:
-        return StoredScores(config.scores)
-    except StoredScoresError as error:
-        raise ConfigError(f"scores: {error}") from None
-
-
-def _refuse_missing_scores(config: LearnerConfig, objective: Objective, scorer: Scorer | None) -> None:
-    """Every row would be refused, when the first one has been rolled out."""
-    if scorer is None and not objective.falls_back and objective.needs - {"behaviour"}:
-        needed = " and ".join(sorted(objective.needs - {"behaviour"}))
-        raise ConfigError(
-            f"objective {config.objective!r} needs {needed} scores of every row; name a folder of them in "
-            "learner.scores (see python -m launch.score), or hand the learner a scorer"
-        )
 
 
 def _is_due(step: int, every: int) -> bool:
