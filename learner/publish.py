@@ -168,12 +168,22 @@ class Publications:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+Said = list[tuple[np.ndarray, np.ndarray]]
+"""Of each checked row its ids and their log-probabilities, each [n]."""
+
+
 def write_version(
-    backend: DeepSpeedBackend, folder: Path, batches: Sequence[MicroBatch], facts: Mapping[str, Any]
-) -> None:
+    backend: DeepSpeedBackend,
+    folder: Path,
+    batches: Sequence[MicroBatch],
+    facts: Mapping[str, Any],
+    *,
+    before: Said | None = None,
+) -> Said:
     """Write the model as it is, and what it says of `batches` (a row each), to `folder`, replacing what is there.
 
-    Every rank calls it together, with the same batches; rank 0 writes.
+    Every rank calls it together, with the same batches; rank 0 writes. `before`: what this returned for the version
+    before, so that an engine that still has that one is told from one whose rounding is coarse.
     """
     partial = folder.with_name(f".unchecked-{folder.name}")
     weights = backend.full_weights()
@@ -181,34 +191,39 @@ def write_version(
         from learner.export import export_student
 
         export_student(partial, weights=weights, config=backend.config, facts=facts)
-    add_check(backend, partial, batches)
+    said = add_check(backend, partial, batches, before=before)
     if weights is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+    return said
 
 
-def add_check(backend: DeepSpeedBackend, folder: Path, batches: Sequence[MicroBatch]) -> None:
+def add_check(
+    backend: DeepSpeedBackend, folder: Path, batches: Sequence[MicroBatch], *, before: Said | None = None
+) -> Said:
     """Put what the model says of `batches` (a row each) into `folder`, an export of the model as it is. Every rank
-    calls it together; rank 0 writes."""
+    calls it together; rank 0 writes. `before` and what it returns as for `write_version`."""
     with backend.evaluation(), backend.as_exported():
-        scored = [_scored(backend, batch) for batch in batches]
-    if backend.rank == 0 and scored:
-        rows, logprobs = zip(*scored, strict=True)
-        write_check(folder, rows, logprobs, tolerance=backend.config.publish_tolerance)
+        said = [_scored(backend, batch) for batch in batches]
+    if backend.rank == 0 and said:
+        _write_check(folder, said, before, tolerance=backend.config.publish_tolerance)
+    return said
 
 
-def write_check(
-    folder: Path, rows: Sequence[Sequence[int]], logprobs: Sequence[np.ndarray], *, tolerance: float
-) -> None:
-    """`logprobs`: for each row [n] float, NaN for what is not to be compared."""
-    told = [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in logprobs]
-    check = {
-        "rows": [list(map(int, row)) for row in rows],
-        "logprobs": told,
+def _write_check(folder: Path, said: Said, before: Said | None, *, tolerance: float) -> None:
+    check: dict[str, Any] = {
+        "rows": [row.tolist() for row, _ in said],
+        "logprobs": [_json_able(values) for _, values in said],
         "tolerance": tolerance,
         "mean_tolerance": tolerance * MEAN_SHARE,
     }
+    if before is not None and [row.tolist() for row, _ in before] == check["rows"]:
+        check["before"] = [_json_able(values) for _, values in before]
     (folder / CHECK_FILE).write_text(json.dumps(check) + "\n")
+
+
+def _json_able(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 6) for value in values]
 
 
 def _scored(backend: DeepSpeedBackend, batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:

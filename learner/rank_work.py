@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from learner.config import LearnerConfig
 from learner.gradient_guard import StepOutcome
 from learner.packing import MicroBatch
-from learner.publish import add_check, write_version
+from learner.publish import Said, add_check, write_version
 from learner.step_sums import StepSums, StepTotals
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class RankWork:
         self.rank = rank
         self.world_size = world_size
         self.checkpoints = Path(config.output_dir) / "checkpoints"
+        self._said: Said | None = None
+        """Of the checked rows, by the last version that was handed out."""
 
     def do(self, order: Order) -> Done:
         begun_s = time.monotonic()
@@ -86,9 +88,12 @@ class RankWork:
             self.backend.save_checkpoint(self.checkpoints, order.step, order.state)
         elif order.kind == "export":
             self.backend.export(Path(order.folder), facts=order.facts, data=order.data)
-            add_check(self.backend, Path(order.folder), order.batches)
+            if order.batches:
+                self._said = add_check(self.backend, Path(order.folder), order.batches, before=self._said)
         elif order.kind == "publish":
-            write_version(self.backend, Path(order.folder), order.batches, order.facts)
+            self._said = write_version(
+                self.backend, Path(order.folder), order.batches, order.facts, before=self._said
+            )
         return Done(seconds=time.monotonic() - begun_s)
 
     def _train_step(self, order: Order, begun_s: float) -> Done:

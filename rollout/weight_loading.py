@@ -6,11 +6,14 @@ them. The policy then has to give the same, within the tolerances that the file 
 that a reload leaves as it was, an adapter that was not merged, weights of another version) are found here and not in a
 score weeks later. The file:
 
-    {"rows": [[1, 5, 9], ...], "logprobs": [[null, -0.5, null], ...], "tolerance": 2.0, "mean_tolerance": 0.1}
+    {"rows": [[1, 5, 9], ...], "logprobs": [[null, -0.5, null], ...], "tolerance": 2.0, "mean_tolerance": 0.1,
+     "before": [[null, -0.7, null], ...]}
 
 with the log-probability of each token given those before it, null where it is not compared. Two float32 models agree to
 1e-4; where one of them computes in bfloat16 the largest of two thousand differences is 0.2 to 0.6 and their mean 0.005
 to 0.04, and one optimizer step of a large rate takes them 10 and 1.6 apart (the 2 M parameter student, 16 rows).
+Late in training a version is nearer to the one before than that: `before`, what the version before said, tells an
+engine that still has it from one that rounds, whatever the tolerances.
 
 Weights are loaded in place; where that fails, or what was loaded fails the check, the engine is started anew from the
 folder. Weights that fail the check then too are refused, and the policy goes back to those that it had.
@@ -27,8 +30,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +69,8 @@ class Difference:
     row: int
     """Where the largest is."""
     token: int
+    is_before: bool = False
+    """The policy is much nearer to the version before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +94,8 @@ class LogprobCheck:
     """Largest difference of a log-probability that rounding explains."""
     mean_tolerance: float
     """The same of their mean."""
+    before: LogprobCheck | None = None
+    """What the version before says of the same rows."""
 
     @classmethod
     def read(cls, folder: str | Path) -> LogprobCheck | None:
@@ -98,22 +105,27 @@ class LogprobCheck:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            rows = tuple(tuple(int(token) for token in row) for row in found["rows"])
-            logprobs = tuple(
-                tuple(math.nan if value is None else float(value) for value in row) for row in found["logprobs"]
-            )
-            tolerances = {name: float(found[name]) for name in ("tolerance", "mean_tolerance")}
-            check = cls(rows=rows, logprobs=logprobs, **tolerances)
-            if [len(row) for row in rows] != [len(row) for row in logprobs]:
-                raise ValueError("rows and logprobs are of different lengths")
-            if not any(value == value for row in logprobs for value in row):
-                raise ValueError("nothing is compared")
+            check = cls._of(found, found["logprobs"])
+            if found.get("before") is not None:
+                check = replace(check, before=cls._of(found, found["before"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PolicyError(f"{path} is no check of log-probabilities: {error!r}", FailureClass.INPUT) from error
         return check
 
+    @classmethod
+    def _of(cls, found: Mapping[str, Any], told: Sequence[Sequence[float | None]]) -> LogprobCheck:
+        rows = tuple(tuple(int(token) for token in row) for row in found["rows"])
+        logprobs = tuple(tuple(math.nan if value is None else float(value) for value in row) for row in told)
+        if [len(row) for row in rows] != [len(row) for row in logprobs]:
+            raise ValueError("rows and log-probabilities are of different lengths")
+        if not any(value == value for row in logprobs for value in row):
+            raise ValueError("nothing is compared")
+        tolerance, mean_tolerance = float(found["tolerance"]), float(found["mean_tolerance"])
+        return cls(rows=rows, logprobs=logprobs, tolerance=tolerance, mean_tolerance=mean_tolerance)
+
     def accepts(self, difference: Difference) -> bool:
-        return difference.largest <= self.tolerance and difference.mean <= self.mean_tolerance
+        within = difference.largest <= self.tolerance and difference.mean <= self.mean_tolerance
+        return within and not difference.is_before
 
     def difference(self, scored: Sequence[np.ndarray]) -> Difference:
         """`scored`: for each row [n] log-probabilities of its tokens, whatever for those that are not compared."""
@@ -129,7 +141,12 @@ class LogprobCheck:
             at = int(apart.argmax())
             if apart[at] > worst:
                 worst, where = float(apart[at]), (i, at)
-        return Difference(largest=worst, mean=total / tokens, tokens=tokens, row=where[0], token=where[1])
+        mean = total / tokens
+        # Rounding brings nobody nearer to another version than to one's own, let alone twice as near.
+        is_before = self.before is not None and self.before.difference(scored).mean < mean / 2
+        return Difference(
+            largest=worst, mean=mean, tokens=tokens, row=where[0], token=where[1], is_before=is_before
+        )
 
 
 class WeightLoader:
@@ -219,4 +236,5 @@ def _words(difference: Difference, check: LogprobCheck) -> str:
         f"of {difference.tokens} log-probabilities the largest difference is {difference.largest:.4g} (row "
         f"{difference.row}, token {difference.token}), their mean {difference.mean:.4g}; {check.tolerance:g} and "
         f"{check.mean_tolerance:g} are tolerated"
+        + ("; it says what the version before says" if difference.is_before else "")
     )

@@ -73,6 +73,8 @@ def test_a_version_holds_the_whole_model_of_its_step_and_what_that_says(base, tm
         checks.append(check)
     assert len(checks) >= 2
     assert checks[0].rows == checks[1].rows
+    assert checks[0].before is None
+    assert checks[1].before is not None and str(checks[1].before.logprobs) == str(checks[0].logprobs)
     apart = checks[0].difference([np.array(row) for row in checks[1].logprobs])
     assert apart.largest > 0.01, "the student learns between two versions, and a stale one would be found"
 

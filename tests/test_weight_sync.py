@@ -4,6 +4,7 @@ refused with the numbers; and one version for many workers by a deadline."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pickle
 from collections.abc import Coroutine, Iterator
@@ -186,6 +187,15 @@ def test_many_small_differences_are_refused_by_their_mean():
     check = check_of([NAN, *[-1.0] * 10])
     assert check.accepts(check.difference([np.array([NAN, -1.4, *[-1.0] * 9])]))
     assert not check.accepts(check.difference([np.array([NAN, *[-1.3] * 10])]))
+
+
+def test_the_version_before_is_told_from_rounding():
+    before, now = check_of([NAN, -1.0, -2.0, -3.0]), check_of([NAN, -1.01, -2.02, -3.01])
+    check = dataclasses.replace(now, before=before)
+    rounded = check.difference([np.array([NAN, -1.03, -2.0, -3.02])])
+    stale = check.difference([np.array([NAN, -1.001, -2.002, -3.0])])
+    assert stale.largest < rounded.largest
+    assert check.accepts(rounded) and not check.accepts(stale)
 
 
 @pytest.mark.parametrize(
