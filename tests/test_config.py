@@ -166,6 +166,9 @@ def refused(capsys, signals_kept) -> Callable[..., str]:
         ),
         (["learner.model_path=/no/such/student"], "'/no/such/student' is no Hugging Face folder"),
         (["learner.objective=magic"], "'magic' is unknown; there are"),
+        (["learner.objective=opd"], "objective 'opd' needs teacher scores of every row"),
+        (["learner=span", "learner.scores=/no/such"], "scores: /no/such holds no scores"),
+        (["learner.lora={export: adapter}"], "'adapter' is no student that can be scored alone"),
         (
             ["teacher=openai", "teacher.model=m", "teacher.base_url=http://127.0.0.1:9/v1"],
             "teacher endpoint http://127.0.0.1:9/v1 does not answer",
