@@ -81,6 +81,9 @@ class RecordingEngine:
         )  # fmt: skip
         return outputs
 
+    async def prompt_logprobs(self, request_id: str, token_ids: Sequence[int], top_k: int) -> tuple[Any, Any]:
+        return await self.engine.prompt_logprobs(request_id, token_ids, top_k)
+
     async def load(self, path: str, version: str) -> None:
         await self.engine.load(path, version)
 
