@@ -225,7 +225,7 @@ class ExampleMaker:
         found = scores or TokenScores()
         if found.behaviour_logprobs is None:
             found = dataclasses.replace(found, behaviour_logprobs=_behaviour_logprobs(trajectory, messages, row))
-        if found.teacher_ids is None:
+        if found.teacher_ids is None and self._successes_only:  # else the one who acted is the student itself
             kept = teacher_of_rollout(trajectory, messages, trained_runs(row.trained), len(row))
             if kept is not None:
                 found = dataclasses.replace(found, teacher_ids=kept[0], teacher_logprobs=kept[1])

@@ -157,6 +157,13 @@ def test_a_turn_that_another_tokenizer_wrote_has_none(maker):
     assert known[0] == set() and len(known[1]) == 3
 
 
+def test_a_students_own_rollouts_are_no_teachers_scores(maker):
+    own = ExampleMaker(maker.renderer.tokenizer, max_row_tokens=1024, successes_only=False)
+    made = own.make(sampled(trajectory(1)))
+    assert isinstance(made, Example) and made.scores is not None
+    assert made.scores.has == {"behaviour"}
+
+
 # -- from vLLM
 
 
