@@ -312,10 +312,12 @@ class LearnerGroup:
         """Some rank failed: find out which one to blame, and begin again or fail for good."""
         import ray
 
-        ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
-        ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0.0)
-        errors = {self._refs.index(ref): error for ref in ready if (error := _error_of(ref)) is not None}
-        rank, error, died = to_blame(errors)
+        for wait_s in (0.0, DEATH_NOTICE_S):  # a rank may only have felt what became of another
+            ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=wait_s)
+            errors = {self._refs.index(ref): error for ref in ready if (error := _error_of(ref)) is not None}
+            rank, error, died = to_blame(errors)
+            if not isinstance(error, RankLostError) and (died or isinstance(error, LearnerError)):
+                break
         self._kill()
         if died and self.restarts < self._config.restarts:
             self.restarts += 1

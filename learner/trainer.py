@@ -243,7 +243,7 @@ class Learner:
         fraction = self._fraction()
         step = self._progress.step
         self._update(fraction=fraction, epoch=self._curriculum.epoch)
-        if epoch_over or _is_due(step, self.config.validate_every_steps):
+        if epoch_over or self._budget_spent() or _is_due(step, self.config.validate_every_steps):
             yield from self._validate(backend)
         self._tracker.step(self._progress)
         if self._on_progress is not None:

@@ -126,6 +126,12 @@ def test_held_out_rows_are_measured_every_n_steps_and_at_the_end_of_each_pass(ba
     assert all(step.validation_accuracy is not None for step in steps[1:])
 
 
+def test_a_run_that_ends_within_a_pass_measures_its_last_student(base: Path, tmp_path: Path) -> None:
+    final = Learner(config_of(base, tmp_path, epochs=None, max_tokens=3500), ListSource(ROWS)).run()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["validation_loss"]) == (final.step, final.validation_loss)
+
+
 def test_the_best_student_by_validation_loss_is_the_final_one(base: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
