@@ -117,6 +117,41 @@ def test_a_publisher_that_fails_ends_nothing_and_is_told_of(base, tmp_path):
     assert at.publish_failures >= 1 and at.publish_told.endswith(": no worker took the weights")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_all_ranks_take_part_in_a_version(ray_cluster, base, tmp_path, zero_stage):
+    from learner.learner_actor import LearnerGroup
+
+    class Copy:
+        """Pickled to rank 0 by value, as it is no part of a module that Ray's workers import."""
+
+        def publish(self, folder: Path, version: str) -> str:
+            shutil.copytree(folder, tmp_path / "copies" / version)
+            return ""
+
+    class Source:
+        def __init__(self) -> None:
+            self.left = list(ROWS)
+
+        def next(self, max_trajectories: int, timeout_s: float) -> Any:
+            given, self.left = self.left[:max_trajectories], self.left[max_trajectories:]
+            return given or None
+
+    config = LearnerConfig(
+        model_path=str(base), output_dir=str(tmp_path / "out"), epochs=1, tokens_per_step=1024, precision="fp32",
+        ranks=2, zero_stage=zero_stage, optimizer="adamw", publish_every_steps=3,
+    )  # fmt: skip
+    group = LearnerGroup.start(config, Source(), publisher=Copy())
+    try:
+        group.run()
+        group.result(timeout_s=120)
+    finally:
+        group.shutdown()
+    check = LogprobCheck.read(tmp_path / "copies" / "step-0000003")
+    assert check is not None
+    assert check.difference(scored(tmp_path / "copies" / "step-0000003", check.rows)).largest < 1e-3
+
+
 def write(publications: Publications, step: int) -> Path:
     publications.folder(step).mkdir(parents=True)
     publications.offer(step)
