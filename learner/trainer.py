@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.arrival_log import ArrivalLog
 from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
+from learner.card_facts import data_facts, training_facts
 from learner.config import LearnerConfig
 from learner.curriculum import Curriculum, held_out, make_ordering
 from learner.examples import Example, ExampleMaker, RefusedRow, Scorer
@@ -317,12 +318,25 @@ class Learner:
 
     def _export_orders(self, folder: Path, *, check: tuple[MicroBatch, ...] = ()) -> list[Order]:
         """`check`: rows whose log-probabilities are written beside the student (`learner.publish`)."""
-        order = Order(kind="export", folder=str(folder), facts=self._facts(), data=self._data(), batches=check)
+        order = Order(
+            kind="export",
+            folder=str(folder),
+            facts=training_facts(self._progress, ranks=self.world_size),
+            data=data_facts(self._progress, self._curriculum.examples.values()),
+            batches=check,
+        )
         return self._all(order)
 
     def _publish_orders(self, publications: Publications, backend: DeepSpeedBackend) -> list[Order]:
         folder, check = publications.folder(self._progress.step), self._check_batches(backend)
-        return self._all(Order(kind="publish", folder=str(folder), batches=check, facts=self._facts()))
+        return self._all(
+            Order(
+                kind="publish",
+                folder=str(folder),
+                batches=check,
+                facts=training_facts(self._progress, ranks=self.world_size),
+            )
+        )
 
     def _check_batches(self, backend: DeepSpeedBackend) -> tuple[MicroBatch, ...]:
         return self._check_rows.batches(self._curriculum.examples.values(), packed=backend.batching == "packed")
@@ -443,36 +457,6 @@ class Learner:
             keys = [row.key for row in self._rows]
             self._guard.skipped(order.step, rows=keys, suspects=[keys[i] for i in done.suspects])
             self._update(skipped_steps=self._guard.count)
-
-    def _facts(self) -> dict[str, Any]:
-        at = self._progress
-        facts = {
-            "optimizer steps": at.step,
-            "tokens": at.tokens,
-            "trained tokens": at.trained_tokens,
-            "rows": at.rows,
-            "passes over the trajectories": at.epoch,
-            "last loss": at.loss,
-            "token accuracy": at.accuracy,
-            "validation loss": "none held out" if at.validation_loss is None else at.validation_loss,
-            "tokens per second": round(at.tokens_per_s),
-            "ranks": self.world_size,
-        }
-        if at.skipped_steps:
-            facts["steps skipped for a gradient that is not finite"] = at.skipped_steps
-        return facts
-
-    def _data(self) -> dict[str, Any]:
-        """What it was trained on, for the card."""
-        at = self._progress
-        kinds = Counter(row.kind for row in self._curriculum.examples.values())
-        return {
-            "trajectories": at.trajectories,
-            "trained on": at.examples,
-            "held out": at.held_out,
-            "refused": dict(at.refused),
-            "trained on, by kind of task": dict(sorted(kinds.items())),
-        }
 
     # -- state
 
