@@ -312,3 +312,26 @@ def test_a_ray_worker_that_hangs_is_restarted_and_the_next_version_finds_it(ray_
             sync.publish(Path("folder"), "refused")
     finally:
         ray_cluster.kill(actor)
+
+
+@pytest.mark.slow
+def test_a_real_worker_takes_a_version_and_takes_it_again_after_its_process_was_killed(ray_cluster, folders):
+    pytest.importorskip("vllm")
+    from rollout.collector import start_rollout_actors, stop_rollout_actors
+    from rollout.policy_spec import PolicySpec
+    from rollout.weight_sync import RayWorker
+
+    spec = PolicySpec(
+        kind="vllm", name="student", model=str(folders[0]), dtype="float32", max_model_len=256, max_num_seqs=4,
+        kv_cache_bytes=16 << 20,
+    )  # fmt: skip
+    actors = start_rollout_actors(spec, count=1)
+    sync = WeightSync([RayWorker(actors[0], "w0")], deadline_s=90)
+    try:
+        first = sync.publish(folders[1], "other").loaded["w0"]
+        assert first.how == "in place" and first.difference is not None and first.difference.largest < 1e-3
+        assert sync.publish(folders[1], "other").loaded["w0"].how == "had them"
+        ray_cluster.kill(actors[0], no_restart=False)
+        assert sync.publish(folders[1], "other").loaded["w0"].how == "in place"
+    finally:
+        stop_rollout_actors(actors)
