@@ -20,6 +20,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from learner.config import LearnerConfig
 from learner.engine_settings import engine_settings, refuse_what_does_not_work
 from learner.gradient_guard import StepOutcome
 from learner.out_of_memory import explained
+from learner.rank_group import RankGroup
 from learner.saved_state import facts_of, restore, tensors_of
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class DeepSpeedBackend:
         )
         self._torch = torch
         _start_distributed(config, rank, world_size)
-        self._group = torch.distributed.new_group(backend="gloo", timeout=_timeout(config)) if world_size > 1 else None
+        self._ranks = RankGroup(rank=rank, world_size=world_size, timeout_s=config.collective_timeout_s)
         self.batching = config.batching
         if self.batching == "auto":
             self.batching = "packed" if self.device.type == "cuda" else "bucketed"
@@ -158,25 +160,11 @@ class DeepSpeedBackend:
 
     def scatter(self, objects: list[Any] | None) -> Any:
         """Each rank gets its own of rank 0's `objects` ([world_size]); the others pass None. Raises `LearnerError`."""
-        if self.world_size == 1:
-            return objects[0] if objects else None
-        received: list[Any] = [None]
-        try:
-            self._torch.distributed.scatter_object_list(received, objects, src=0, group=self._group)
-        except RuntimeError as error:
-            raise LearnerError(f"rank {self.rank} lost another rank: {error}") from error
-        return received[0]
+        return self._ranks.scatter(objects)
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Element by element, in fp64. Raises `LearnerError`."""
-        if self.world_size == 1:
-            return values
-        total = self._torch.tensor(values, dtype=self._torch.float64)
-        try:
-            self._torch.distributed.all_reduce(total, group=self._group)
-        except RuntimeError as error:
-            raise LearnerError(f"rank {self.rank} lost another rank: {error}") from error
-        return total.tolist()
+        return self._ranks.sum(values)
 
     # -- checkpoints and weights: every rank calls these together
 
@@ -187,13 +175,13 @@ class DeepSpeedBackend:
         name = f"step-{step:07d}"
         if self.rank == 0:
             store.begin(name)
-        self._barrier()
+        self._ranks.wait()
         tensors = tensors_of(self.state, self.average, rank=self.rank, world_size=self.world_size)
         store.write_part(name, self.rank, tensors, facts=self._facts() if self.rank == 0 else {})
-        self._barrier()
+        self._ranks.wait()
         if self.rank == 0:
             store.finish(name, {"trainer": state or {}, "settings": self._settings(), "written_by": self._written_by()})
-        self._barrier()
+        self._ranks.wait()
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any] | None:
         """Load the newest that is whole, written by any number of ranks and any ZeRO stage, and return the trainer's
@@ -206,7 +194,7 @@ class DeepSpeedBackend:
                 return self._load(store, name)
             if damage is not None:
                 logger.warning("checkpoint %s is damaged (%s); going back to the one before", folder / name, damage)
-            self._barrier()
+            self._ranks.wait()
             if self.rank == 0:
                 store.set_aside(name)
         if names:
@@ -326,9 +314,6 @@ class DeepSpeedBackend:
     def _written_by(self) -> dict[str, int]:
         return {"ranks": self.world_size, "zero_stage": self.config.zero_stage}
 
-    def _barrier(self) -> None:
-        self.sum_over_ranks([0.0])
-
     def _eager_muon(self) -> contextlib.AbstractContextManager[Any]:
         """DeepSpeed compiles Muon's kernels, and runs them in `backward` or in `step`, depending on the stage.
 
@@ -376,12 +361,6 @@ def _start_torch(config: LearnerConfig) -> Any:
     return torch
 
 
-def _timeout(config: LearnerConfig) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=config.collective_timeout_s)
-
-
 def _start_distributed(config: LearnerConfig, rank: int, world_size: int) -> None:
     """Join the process group. MASTER_ADDR and MASTER_PORT must be set when there is more than one rank."""
     import torch
@@ -398,7 +377,9 @@ def _start_distributed(config: LearnerConfig, rank: int, world_size: int) -> Non
         # and the first collective builds a C++ kernel for a minute.
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  (no attribute until it is set)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout(config))
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, timeout=timedelta(seconds=config.collective_timeout_s)
+    )
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ own: one rank of several (see `main`)."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.config import LearnerConfig, LoraConfig
+from learner.config import EmaConfig, LearnerConfig, LoraConfig
 from learner.deepspeed_backend import DeepSpeedBackend
 from learner.packing import MicroBatch
 
@@ -31,6 +32,8 @@ def config_of(base: Path, out: Path, **changes: Any) -> LearnerConfig:
     }
     if isinstance(changes.get("lora"), dict):
         changes["lora"] = LoraConfig(**changes["lora"])
+    if isinstance(changes.get("ema"), dict):
+        changes["ema"] = EmaConfig(**changes["ema"])
     return LearnerConfig(model_path=str(base), output_dir=str(out), **{**settings, **changes})
 
 
@@ -82,24 +85,33 @@ def train(backend: DeepSpeedBackend, steps: range) -> list[float]:
     return [take_step(backend, step)[0] for step in steps]
 
 
+def size_of(backend: DeepSpeedBackend) -> float:
+    """Of all weights as they would be exported; 0.0 on ranks other than 0. All ranks together."""
+    weights = backend.full_weights() or {}
+    return sum(float(value.double().abs().sum()) for value in weights.values())
+
+
 def main() -> None:
     """argv: base, folder, rank, ranks, first step, last step, port, result file, settings as JSON (name -> changes).
 
-    For each of the settings: resumes from `folder/name` where there is something, trains, and saves a checkpoint there.
-    The result is name -> losses.
+    For each of the settings: resumes from `folder/name` where there is something, trains, takes a step that the last
+    rank's gradient spoils for all, and saves a checkpoint there. The result is name -> [losses, size of the weights].
     """
     base, folder, rank, ranks, first, last, port, result, settings = sys.argv[1:]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    losses: dict[str, list[float]] = {}
+    results: dict[str, tuple[list[float], float]] = {}
     backend = None
     for name, changes in json.loads(settings).items():
         config = config_of(Path(base), Path(folder), ranks=int(ranks), **changes)
         backend = DeepSpeedBackend(config, rank=int(rank), world_size=int(ranks))
         backend.load_checkpoint(Path(folder) / name)
-        losses[name] = train(backend, range(int(first), int(last)))
+        losses = train(backend, range(int(first), int(last)))
+        if not take_step(backend, 0, spoil=math.nan if int(rank) + 1 == int(ranks) else None)[1].skipped:
+            raise SystemExit(f"{name}: rank {rank} did not skip the step that rank {int(ranks) - 1} spoilt")
+        results[name] = (losses, size_of(backend))
         backend.save_checkpoint(Path(folder) / name, int(last), {"step": int(last)})
     if int(rank) == 0:
-        Path(result).write_text(json.dumps(losses))
+        Path(result).write_text(json.dumps(results))
     if backend is not None:
         backend.close()
 
