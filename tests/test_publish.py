@@ -57,7 +57,9 @@ def scored(folder: Path, rows: Any) -> list[np.ndarray]:
     return [each.own for each in scores]
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LoraConfig(rank=4), marks=pytest.mark.slow)], ids=["full", "lora"]
+)
 def test_a_version_holds_the_whole_model_of_its_step_and_what_that_says(base, tmp_path, lora):
     recorder = Recorder(tmp_path / "copies")
     learner = learner_of(base, tmp_path / "out", recorder, lora=lora)

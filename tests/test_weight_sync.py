@@ -288,6 +288,7 @@ def test_errors_cross_processes_whole():
 # -- workers as Ray actors
 
 
+@pytest.mark.slow
 def test_a_ray_worker_that_hangs_is_restarted_and_the_next_version_finds_it(ray_cluster):
     from rollout.weight_sync import RayWorker
 
