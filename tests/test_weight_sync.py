@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import pickle
+import signal
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -332,7 +334,7 @@ def test_a_real_worker_takes_a_version_and_takes_it_again_after_its_process_was_
         first = sync.publish(folders[1], "other").loaded["w0"]
         assert first.how == "in place" and first.difference is not None and first.difference.largest < 1e-3
         assert sync.publish(folders[1], "other").loaded["w0"].how == "had them"
-        ray_cluster.kill(actors[0], no_restart=False)
+        os.kill(ray_cluster.get(actors[0].pid.remote(), timeout=30), signal.SIGKILL)  # it is gone when this returns
         assert sync.publish(folders[1], "other").loaded["w0"].how == "in place"
     finally:
         stop_rollout_actors(actors)
