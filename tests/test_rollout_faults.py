@@ -227,12 +227,12 @@ def test_an_engine_that_worked_before_is_loaded_again_when_that_fails_once(ray_c
             self._fate = fates[len(list((folder / "processes").iterdir()))]
             (folder / "processes" / str(os.getpid())).touch()
 
-        async def start(self):
+        def _build(self, weights):
             from rollout.policy import PolicyError
 
             if self._fate == "fails":
                 raise PolicyError("cannot load the model")
-            return await super().start()
+            return super()._build(weights)
 
         async def run(self, *arguments):
             running = asyncio.create_task(super().run(*arguments))
