@@ -31,10 +31,10 @@ from envs.pool import RemoteEnv
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.placement import engine_demand, place_engine, release
+from rollout.policy import PolicyError
 from rollout.policy_spec import PolicySpec
 from rollout.spend_meters import RemoteMeter
 from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed, WorkerState
-from rollout.trajectory import FailureClass
 from rollout.weight_loading import Loaded, WeightLoader, Weights
 from rollout.weight_sync import WorkerBusyError
 from rollout.worker import RolloutWorker
@@ -349,9 +349,8 @@ class Collection:
         return EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
 
     def _may_work_again(self, index: int, error: BaseException) -> bool:
-        """Its engine died; or could not be loaded again, though it had worked before."""
-        engine = getattr(error, "failure_class", None) is FailureClass.ENGINE
-        return getattr(error, "ends_collection", False) or (engine and index in self._proven)
+        """Its engine died; or could not be loaded again, though it had worked before: then it is not its settings."""
+        return isinstance(error, PolicyError) and (error.ends_collection or index in self._proven)
 
     def _replace(self, index: int, name: str, error: Exception) -> None:
         import ray

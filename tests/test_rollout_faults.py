@@ -229,9 +229,10 @@ def test_an_engine_that_worked_before_is_loaded_again_when_that_fails_once(ray_c
 
         def _build(self, weights):
             from rollout.policy import PolicyError
+            from rollout.trajectory import FailureClass
 
             if self._fate == "fails":
-                raise PolicyError("cannot load the model")
+                raise PolicyError("cannot load the model", FailureClass.INPUT)  # as `VllmPolicy` does
             return super()._build(weights)
 
         async def run(self, *arguments):
