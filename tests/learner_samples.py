@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from envs.base import ObservationKind, Task
+from learner.examples import Example, ExampleMaker
 from rollout.trajectory import Completion, Span, SpanType, Step, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,13 @@ class SilentSource:
     def next(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
         time.sleep(min(timeout_s, 0.1))
         return []
+
+
+def example_of(maker: ExampleMaker, of: Trajectory) -> Example:
+    """Its row; the test ends where there is none."""
+    made = maker.make(of)
+    assert isinstance(made, Example), made
+    return made
 
 
 def save_tiny_student(folder: Path) -> Path:

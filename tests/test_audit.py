@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from learner_samples import TOKENIZER, trajectory, turn
+from learner_samples import TOKENIZER, example_of, trajectory, turn
 from tokenizer_samples import NAMES
 from tokenizer_samples import tokenizer as small_tokenizer
 
@@ -22,7 +22,7 @@ from learner.config import ConfigError, LearnerConfig
 from learner.examples import Example, ExampleMaker
 from learner.packing import StepPlan, plan_step
 from rollout.ledger import LedgerWriter
-from rollout.trajectory import SpanType, Trajectory
+from rollout.trajectory import SpanType
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,6 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def maker(tokenizer: Any) -> ExampleMaker:
     return ExampleMaker(tokenizer, max_row_tokens=1024)
-
-
-def example_of(maker: ExampleMaker, of: Trajectory) -> Example:
-    made = maker.make(of)
-    assert isinstance(made, Example), made
-    return made
 
 
 def test_audit_proves_good_rows_and_counts_them(tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from learner_samples import TOKENIZER, trajectory, turn
+from learner_samples import TOKENIZER, example_of, trajectory, turn
 
 from envs.base import ObservationKind
 from learner.examples import TRAINED_SPANS, Example, ExampleMaker, Refusal, RefusedRow
@@ -26,12 +26,6 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def maker(tokenizer: Any) -> ExampleMaker:
     return ExampleMaker(tokenizer, max_row_tokens=1024)
-
-
-def example_of(maker: ExampleMaker, of: Trajectory) -> Example:
-    made = maker.make(of)
-    assert isinstance(made, Example), made
-    return made
 
 
 def refusal_of(maker: ExampleMaker, of: Trajectory) -> Refusal:
