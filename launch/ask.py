@@ -44,7 +44,7 @@ async def _ask(options: argparse.Namespace) -> int:
     from envs.base import Task
     from envs.pool import EnvHost
     from launch.cluster import QUIET
-    from launch.evaluate import student_settings, student_spec
+    from launch.evaluation import student_settings, student_spec
     from launch.run_folder import RunFolder
     from launch.world import load_world
     from rollout.async_env import ThreadedEnv

@@ -18,7 +18,7 @@ from envs.base import EnvError
 from launch.cluster import ClusterError, ray_cluster
 from launch.config import DistillConfig
 from launch.config_reading import to_plain
-from launch.evaluate import EvaluationError, run_evaluation, student_settings, student_spec
+from launch.evaluation import EvaluationError, run_evaluation, student_settings, student_spec
 from launch.intervals import Score
 from launch.joint_collection import JointCollection
 from launch.live import LiveView

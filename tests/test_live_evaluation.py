@@ -12,7 +12,7 @@ import pytest
 from learner_samples import trajectory
 
 from launch.config_reading import load_config
-from launch.evaluate import EvaluationError
+from launch.evaluation import EvaluationError
 from launch.live_evaluation import LiveEvaluation, watched_tasks
 from learner.base import Progress
 from learner.config import ConfigError

@@ -10,7 +10,7 @@ import pytest
 
 from envs.base import Task
 from launch.config_reading import load_config
-from launch.evaluate import EvaluationError
+from launch.evaluation import EvaluationError
 from launch.student_scores import StudentScores, validation_tasks
 from learner.base import Progress
 from learner.config import ConfigError
