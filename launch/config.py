@@ -131,6 +131,10 @@ class EvaluateConfig:
     top_k: int = 20
     """As in `rollout.episode.EpisodeSettings`."""
     concurrency: int = 48
+    rows: tuple[Literal["untrained", "student", "self_consistent", "teacher"], ...] = (
+        "untrained", "student", "self_consistent", "teacher",
+    )  # fmt: skip
+    """Who is scored at the end of the main job."""
     validation_tasks: int = 48
     """learner.best_by "rollout_score": how many of the tasks that are held out of training a student is scored on."""
     during_training_every_steps: int = 0
@@ -269,6 +273,8 @@ class DistillConfig(JobConfig):
 
     run_dir: str
     """Everything the run leaves behind; a second run of the same command goes on in it."""
+    reuse: tuple[str, ...] = ()
+    """Ledgers of earlier runs: those episodes of this run that they hold are taken from there (`launch.reuse`)."""
     learner: LearnerConfig
     evaluate: EvaluateConfig
 

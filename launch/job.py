@@ -24,6 +24,7 @@ from launch.joint_collection import JointCollection
 from launch.live import LiveView
 from launch.live_evaluation import LiveEvaluation, start_live_evaluation
 from launch.report import draw_learning_curve, score_table, scores_to_json
+from launch.reuse import reuse
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
 from launch.spending import JobMeter
@@ -67,6 +68,9 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
         with ray_cluster(config.cluster, variables=config.variables()) as what:
             view.say(f"Ray: {what}")
             assigned = assignments(config, world.train, Ledger(folder.ledger))
+            if config.reuse and any(each.missing for each in assigned):
+                view.say(f"{reuse(config, assigned, folder.ledger):,} trajectories reused of earlier runs")
+                assigned = assignments(config, world.train, Ledger(folder.ledger))
             environments = start_environments(config, world, assigned)
             stages = _Stages(config, folder, world, environments, view, assigned)
             learned = stages.learn()
@@ -224,11 +228,16 @@ class _Stages:
         base = str(_model_folder(config.learner))
         spec = student_spec(config, base)
         final = Weights(str(self.folder.student), FINAL)
-        rows = [("untrained", "greedy", None), ("student", "greedy", final)]
-        if config.env.name != "answer":
+        wanted = config.evaluate.rows
+        rows: list[tuple[str, str, Weights | None]] = []
+        if "untrained" in wanted:
+            rows.append(("untrained", "greedy", None))
+        if "student" in wanted:
+            rows.append(("student", "greedy", final))
+        if "self_consistent" in wanted and config.env.name != "answer":
             rows.append(("student_self_consistent", "self_consistent", final))
         scores: dict[str, dict[str, Score]] = {}
-        workers = start_workers(config, spec, count=1)
+        workers = start_workers(config, spec, count=1) if rows else []
         for name, mode, weights in rows:
             scores[name] = run_evaluation(
                 config, self.environments, workers, self.world.test, policy=spec.policy_name,
@@ -236,7 +245,7 @@ class _Stages:
                 title=f"evaluation: {name.replace('_', ' ')}", weights=weights,
             )  # fmt: skip
         stop_rollout_actors(workers)
-        for i, each in enumerate(self.assigned):
+        for i, each in enumerate(self.assigned if "teacher" in wanted else ()):
             loaded = self.teachers[i] if self.teachers else []
             actors = loaded or start_workers(config, each.share.teacher, count=each.workers(config), meter=self.meter)
             name = "teacher" if len(self.assigned) == 1 else f"teacher {each.name}"

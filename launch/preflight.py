@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from launch.config import CollectConfig, DistillConfig, JobConfig
+from launch.reuse import check_reuse
 from launch.spending import is_endpoint
 from launch.world import load_world
 from learner.config import ConfigError
@@ -39,6 +40,7 @@ def check(config: DistillConfig) -> None:
         )
     _check_model("learner.model_path", config.learner.model_path)
     _check_lasting("run_dir", config.run_dir)
+    check_reuse(config)
     _check_job(config, RunFolder(config.run_dir).index)
 
 

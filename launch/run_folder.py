@@ -29,6 +29,7 @@ FREE = (
     "learner.score_timeout_s",
     "learner.tracking",
     "retrieval.timeout_s",
+    "reuse",
     "rollout.adaptive",
     "rollout.concurrency",
     "rollout.env_hosts",

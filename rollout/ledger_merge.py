@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,12 @@ class MergeReport:
     failures: int = 0
 
 
-def merge(sources: Sequence[Path | str], into: Path | str, *, writer: str = "merge") -> MergeReport:
+def merge(
+    sources: Sequence[Path | str], into: Path | str, *, writer: str = "merge", only: Container[str] | None = None
+) -> MergeReport:
     """Of results that share a key the first counts: what `into` has, then the sources in the order given.
 
+    `only`: the keys that are wanted; None takes all.
     Raises `LedgerError` for a source that is missing or cannot be read; what was added until then stays.
     """
     ledgers = [Ledger(source) for source in sources]
@@ -55,8 +58,10 @@ def merge(sources: Sequence[Path | str], into: Path | str, *, writer: str = "mer
     for ledger in ledgers:
         batch = _Batch(target)
         for table in ledger.scan():
-            fresh = [key not in have and not have.add(key) for key in table.column("key").to_pylist()]
-            repeated += fresh.count(False)
+            keys = table.column("key").to_pylist()
+            wanted = [only is None or key in only for key in keys]
+            fresh = [want and key not in have and not have.add(key) for key, want in zip(keys, wanted, strict=True)]
+            repeated += wanted.count(True) - fresh.count(True)
             results += batch.add(table, fresh)
         batch.flush()
         batch = _Batch(target, failures=True)
@@ -65,7 +70,7 @@ def merge(sources: Sequence[Path | str], into: Path | str, *, writer: str = "mer
             missing = []
             for attempt in _attempts([table]):
                 met[attempt] += 1
-                missing.append(met[attempt] > attempts[attempt])
+                missing.append((only is None or attempt[0] in only) and met[attempt] > attempts[attempt])
             failures += batch.add(table, missing)
         batch.flush()
         attempts |= met
