@@ -218,6 +218,7 @@ class _Stages:
                 if learned.step != last_step:
                     last_step = learned.step
                     row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
+                    row["queue_depth"] = queue.stats().depth
                     row |= {name: getattr(learned, name) for name in _METRICS}
                     metrics.write(json.dumps(row, default=dict) + "\n")
                     metrics.flush()
