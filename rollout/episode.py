@@ -15,7 +15,7 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -125,14 +125,21 @@ def _end_of_keys(settings: EpisodeSettings) -> str:
 
 
 async def run_episode(
-    task: Task, *, policy: Policy, env: AsyncEnv, settings: EpisodeSettings, sample_index: int = 0
+    task: Task,
+    *,
+    policy: Policy,
+    env: AsyncEnv,
+    settings: EpisodeSettings,
+    sample_index: int = 0,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Trajectory:
-    """One trajectory; what goes wrong inside the episode is on it.
+    """One trajectory; what goes wrong inside the episode is on it. `on_step` sees each step as it ends, the last one
+    too; it must return at once.
 
     Raises a `PolicyError` that ends a whole collection (its `ends_collection` is true: no money is left), and is
     cancelled as any coroutine is.
     """
-    episode = _Episode(task, policy, env, settings, sample_index)
+    episode = _Episode(task, policy, env, settings, sample_index, on_step)
     failure: Failure | None = None
     limit = asyncio.timeout(settings.deadline_s)
     try:
@@ -160,9 +167,17 @@ async def run_episode(
 
 
 class _Episode:
-    def __init__(self, task: Task, policy: Policy, env: AsyncEnv, settings: EpisodeSettings, sample_index: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        policy: Policy,
+        env: AsyncEnv,
+        settings: EpisodeSettings,
+        sample_index: int,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
         self.task, self.policy, self.env, self.settings = task, policy, env, settings
-        self.sample_index = sample_index
+        self.sample_index, self.on_step = sample_index, on_step
         self.key = settings.key(task, policy.name, sample_index)
         self.seed = _seed(self.key)
         self.dialect: Dialect = DIALECTS[settings.dialect]
@@ -257,6 +272,8 @@ class _Episode:
                 env_s=time.monotonic() - answered,
             )
         )
+        if self.on_step is not None:
+            self.on_step(self.steps[-1])
         return result
 
     async def _step(self, turn: ParsedTurn) -> StepResult:

@@ -89,6 +89,24 @@ def test_solves_and_records_each_step():
     assert trajectory.trainable
 
 
+def test_each_step_is_told_of_as_it_ends():
+    told = []
+
+    def reply(messages, i):
+        told.append("asked")
+        return code("add 42") if len(messages) == 2 else code("say it")
+
+    episode = run_episode(
+        TASK,
+        policy=ScriptedPolicy(reply),
+        env=ThreadedEnv(CounterEnv()),
+        settings=EpisodeSettings(),
+        on_step=told.append,
+    )
+    first, second = asyncio.run(episode).steps
+    assert told == ["asked", first, "asked", second]
+
+
 def test_key_and_seed_depend_on_task_policy_and_settings_alone():
     one, again = run(in_order("say")), run(in_order("say"))
     other = run(in_order("say"), max_tokens=99)
