@@ -197,11 +197,6 @@ class Curation:
         return next((at for at, each in self._alone if not each.keeps(trajectory)), None)
 
 
-def filter_names() -> tuple[str, ...]:
-    """All there are."""
-    return tuple(_KINDS)
-
-
 def describe(each: Filter | SetFilter) -> str:
     """`length(max_steps=5)`: the name, and parameters that are not the defaults."""
     set_ = []

@@ -25,7 +25,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclass, replacees import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -129,13 +129,14 @@ async def sample_shared(
             # The engine does not see a stop string that began before the fork.
             whole, finish, stop = whole[: ended[0]], ended[1].finish_reason, ended[1].stop
         known = logprobs + (said.logprobs or ())
-        shared = max(0, len(so_far) - 1) if branch else 0
+        shared = max(0, len(so_far) - 1)
         if keep_top and said.top is not None:
             tops = (*tops, said.top)
         top = _joined(tops, len(whole), keep_top)
-        candidates[first] = Decoded(
+        leader = Decoded(
             token_ids=whole, logprobs=known[: len(whole)], finish_reason=finish, stop=stop, shared=shared, top=top
         )
+        candidates[first] = leader
         if not others:
             return
         assert said.top is not None
@@ -148,10 +149,7 @@ async def sample_shared(
         for member in others:
             at = next((i for i, chance in enumerate(own) if dice.random() >= chance), None)
             if at is None:
-                candidates[member] = Decoded(
-                    token_ids=whole, logprobs=known[: len(whole)], finish_reason=finish, stop=stop, shared=len(whole),
-                    top=top,
-                )  # fmt: skip
+                candidates[member] = replace(leader, shared=len(whole))
                 continue
             place = _another(said.token_ids[at], ids[at].tolist(), chances[at].tolist(), dice)
             fork = (at, int(ids[at, place]))
