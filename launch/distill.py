@@ -3,6 +3,7 @@
     python launch/distill.py                          the embedded default: two CPU cores, no download
     python launch/distill.py seed=1 learner.epochs=3  any value of configs/ can be set
     python launch/distill.py recipe=paper --cfg       print the configuration and stop
+    python launch/distill.py recipe=ladder            many runs, and what each step adds: see launch/ladder.py
     ray job submit --working-dir . -- python launch/distill.py run_dir=/shared/runs/a
 
 A second run of the same command goes on where the first one stopped.
@@ -18,12 +19,16 @@ if not __package__:  # run as a file: imports come from the repository's root, n
 
 from collections.abc import Sequence
 
+from launch import ladder
 from launch.job_command import checked_config, job_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 refused before anything started, 1 failed on the way, 130 interrupted."""
-    options = job_parser("launch/distill.py", __doc__, example="recipe=paper or seed=1").parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if ladder.RECIPE in given:
+        return ladder.main(given)
+    options = job_parser("launch/distill.py", __doc__, example="recipe=paper or seed=1").parse_args(given)
 
     from launch.config import DistillConfig
     from launch.preflight import check
