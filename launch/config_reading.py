@@ -29,6 +29,7 @@ NOT_COLLECTED = ("learner", "tracking", "evaluate", "student", "run_dir")
 _TASK_FILES = (".jsonl", ".json", ".parquet")
 
 _Job = TypeVar("_Job", bound=JobConfig)
+_Config = TypeVar("_Config")
 
 
 def load_config(overrides: Sequence[str] = (), schema: type[_Job] = DistillConfig) -> _Job:
@@ -62,7 +63,7 @@ def compose(overrides: Sequence[str] = (), *, name: str = "distill") -> dict[str
     return {str(key): value for key, value in plain.items() if key not in dropped}
 
 
-def parse_config(plain: Mapping[str, Any], schema: type[_Job] = DistillConfig) -> _Job:
+def parse_config(plain: Mapping[str, Any], schema: type[_Config] = DistillConfig) -> _Config:
     """Plain data to the typed schema. Raises `ConfigError`."""
     from pydantic import TypeAdapter, ValidationError
 
