@@ -20,6 +20,8 @@ from launch.config_reading import to_plain
 from launch.environment import describe_environment
 from launch.joint_collection import JointCollection
 from launch.live import LiveView
+from launch.live_ray_metrics import metrics_url
+from launch.live_views import collect_view
 from launch.spending import JobMeter
 from launch.wiring import Assignment, Environments, assignments, start_collections
 from launch.world import World, load_world
@@ -27,7 +29,6 @@ from rollout.collector import CollectionError
 from rollout.ledger import Ledger, LedgerError
 from rollout.placement import PlacementError
 from rollout.spend import SpendSnapshot
-from rollout.task_feed import CollectProgress
 
 GRACE_S = 20.0
 """What has begun when a job is interrupted may have so long to end: its tokens are paid."""
@@ -56,7 +57,11 @@ class Outcome:
 
 def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: bool) -> Outcome:
     """Everything from tasks to `summary.json`. Raises `CollectJobError`; whatever it started is ended in any case."""
-    view = LiveView()
+    with collect_view(config, folder) as view:
+        return _run_collection(config, folder, view, resumed=resumed)
+
+
+def _run_collection(config: CollectConfig, folder: CollectFolder, view: LiveView, *, resumed: bool) -> Outcome:
     started_s = time.monotonic()
     world = load_world(config, folder.index)
     tasks = world.train if config.split == "train" else world.test
@@ -113,6 +118,7 @@ def _collect(
     """Why it ended early, or "", and what was spent."""
     with ray_cluster(config.cluster, variables=config.variables()) as what:
         view.say(f"Ray: {what}")
+        view.connected(metrics_url())
         meter = JobMeter.start(config, folder.spend)
         environments = Environments.start(config, world.retriever, slots=[each.slots(config) for each in assigned])
         collection, _ = start_collections(config, environments, assigned, ledger=folder.ledger, meter=meter)
@@ -144,36 +150,9 @@ def _until(collection: JointCollection, meter: JobMeter | None, view: LiveView, 
     while True:
         ended = collection.poll(timeout_s=0.5) or time.monotonic() > deadline_s
         seen = collection.progress()
-        view.show(figures(seen, meter.snapshot() if meter else None), last=ended)
+        view.update(
+            episodes=seen, by_policy=collection.by_name(), spent=meter.snapshot() if meter else None, last=ended
+        )
         if ended:
             return seen.stopped
 
-
-def figures(seen: CollectProgress, spent: SpendSnapshot | None = None) -> dict[str, str]:
-    """What a person wants to know while it runs."""
-    per_s = seen.recorded / max(seen.elapsed_s, 1e-9)
-    running = min(seen.running, sum(worker.running for worker in seen.workers.values()))
-    limit = sum(worker.limit for worker in seen.workers.values())
-    shown = {
-        "episodes": f"{seen.finished:,}/{seen.total:,}",
-        "success": f"{seen.succeeded:,}/{seen.recorded - seen.failed:,}",
-        "running": f"{running:,} of at most {limit:,}",
-        "tokens/s": f"{seen.completion_tokens / max(seen.elapsed_s, 1e-9):,.0f}",
-    }
-    if seen.failures:
-        shown["failed"] = ", ".join(f"{name} {count:,}" for name, count in sorted(seen.failures.items()))
-        shown["the last"] = seen.last_failure[:100]
-    if spent is not None:
-        shown["spent"] = str(spent)
-    if notes := {worker.note for worker in seen.workers.values() if worker.note}:
-        shown["waits"] = "; ".join(sorted(notes))
-    if (left := seen.total - seen.finished) and per_s:
-        shown["left"] = duration(left / per_s)
-    return shown
-
-
-def duration(seconds: float) -> str:
-    """About: 45 s, 12 min, 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

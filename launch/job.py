@@ -23,6 +23,8 @@ from launch.intervals import Score
 from launch.joint_collection import JointCollection
 from launch.live import LiveView
 from launch.live_evaluation import LiveEvaluation, start_live_evaluation
+from launch.live_ray_metrics import metrics_url
+from launch.live_views import distill_view
 from launch.report import draw_learning_curve, score_table, scores_to_json
 from launch.reuse import reuse
 from launch.run_folder import RunFolder, write_json
@@ -35,7 +37,6 @@ from learner.base import LearnerError
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LearnerConfig
 from learner.learner_actor import LearnerGroup
-from learner.tracking import figures
 from rollout.collector import CollectionError, Weights, stop_rollout_actors
 from rollout.curation import Curation, describe
 from rollout.ledger import Ledger, LedgerError
@@ -43,6 +44,7 @@ from rollout.placement import PlacementError
 from rollout.trajectory_queue import TrajectoryQueue
 
 FINAL = "final"
+LEARNING = "the teacher acts, the student learns"
 
 
 TROUBLE = (ClusterError, CollectionError, EvaluationError, LearnerError, EnvError, LedgerError, PlacementError)
@@ -54,7 +56,11 @@ class JobError(RuntimeError):
 
 def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     """Everything from tasks to `results.json`. Raises `JobError`; whatever it started is ended in any case."""
-    view = LiveView()
+    with distill_view(config, folder) as view:
+        _run_job(config, folder, view, resumed=resumed)
+
+
+def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resumed: bool) -> None:
     started_s = time.monotonic()
     world = load_world(config, folder.index)
     view.say(f"run {folder.path}: recipe {config.recipe}, seed {config.seed}")
@@ -67,12 +73,14 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     try:
         with ray_cluster(config.cluster, variables=config.variables()) as what:
             view.say(f"Ray: {what}")
+            view.connected(metrics_url())
             assigned = assignments(config, world.train, Ledger(folder.ledger))
             if config.reuse and any(each.missing for each in assigned):
                 view.say(f"{reuse(config, assigned, folder.ledger):,} trajectories reused of earlier runs")
                 assigned = assignments(config, world.train, Ledger(folder.ledger))
             environments = start_environments(config, world, assigned)
             stages = _Stages(config, folder, world, environments, view, assigned)
+            view.plan(LEARNING, *stages.evaluations())
             learned = stages.learn()
             scores = stages.evaluate()
     except (
@@ -147,7 +155,7 @@ class _Stages:
             workers = self._student_workers()
             scores = live if workers is None else StudentScores(workers.start, say=self.view.say)
             try:
-                with self.view.stage("the teacher acts, the student learns"):
+                with self.view.stage(LEARNING):
                     self._watch(collection, learner, queue, scores)
             finally:
                 collection.close()
@@ -201,24 +209,22 @@ class _Stages:
                 if scores is not None:
                     scores.serve(learner)
                 learned, seen = learner.progress(), collection.progress()
-                shown = {
-                    "episodes": f"{seen.finished}/{seen.total}" + (f" ({seen.found} found)" if seen.found else ""),
-                    "success": f"{seen.succeeded}/{seen.recorded}",
-                    "queue": f"{queue.stats().depth}/{self.config.rollout.queue_capacity}",
-                    **figures(learned),
-                }
-                self.view.show(shown, last=collected and learner.finished())
+                waiting = queue.stats()
+                self.view.update(
+                    episodes=seen, by_policy=collection.by_name(), queue=waiting, learning=learned,
+                    spent=self.meter.snapshot() if self.meter else None, last=collected and learner.finished(),
+                )  # fmt: skip
                 if seen.stopped:
                     raise CollectionError(seen.stopped)
                 if learned.restarts > restarts:
                     restarts = learned.restarts
-                    self.view.say("a rank of the learner died; all of them start again from the last checkpoint")
+                    self.view.warn("a rank of the learner died; all of them start again from the last checkpoint")
                 if learned.first_step_unix_s is not None and not first_step.exists():
                     write_json(first_step, {"unix_s": learned.first_step_unix_s})
                 if learned.step != last_step:
                     last_step = learned.step
                     row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
-                    row["queue_depth"] = queue.stats().depth
+                    row["queue_depth"] = waiting.depth
                     row |= {name: getattr(learned, name) for name in _METRICS}
                     metrics.write(json.dumps(row, default=dict) + "\n")
                     metrics.flush()
@@ -228,33 +234,51 @@ class _Stages:
         config = self.config
         base = str(_model_folder(config.learner))
         spec = student_spec(config, base)
-        final = Weights(str(self.folder.student), FINAL)
-        wanted = config.evaluate.rows
-        rows: list[tuple[str, str, Weights | None]] = []
-        if "untrained" in wanted:
-            rows.append(("untrained", "greedy", None))
-        if "student" in wanted:
-            rows.append(("student", "greedy", final))
-        if "self_consistent" in wanted and config.env.name != "answer":
-            rows.append(("student_self_consistent", "self_consistent", final))
+        rows = self._students()
         scores: dict[str, dict[str, Score]] = {}
         workers = start_workers(config, spec, count=1) if rows else []
         for name, mode, weights in rows:
             scores[name] = run_evaluation(
                 config, self.environments, workers, self.world.test, policy=spec.policy_name,
                 settings=student_settings(config, mode), ledger=self.folder.scores / name, view=self.view,
-                title=f"evaluation: {name.replace('_', ' ')}", weights=weights,
+                title=_title(name), weights=weights,
             )  # fmt: skip
         stop_rollout_actors(workers)
-        for i, each in enumerate(self.assigned if "teacher" in wanted else ()):
+        for i, (name, each) in enumerate(self._teachers()):
             loaded = self.teachers[i] if self.teachers else []
             actors = loaded or start_workers(config, each.share.teacher, count=each.workers(config), meter=self.meter)
-            name = "teacher" if len(self.assigned) == 1 else f"teacher {each.name}"
             scores[name] = run_evaluation(
                 config, self.environments, actors, self.world.test, policy=each.name, settings=config.episode,
-                ledger=self.folder.scores / _file_name(name), view=self.view, title=f"evaluation: {name}",
+                ledger=self.folder.scores / _file_name(name), view=self.view, title=_title(name),
             )  # fmt: skip
         return scores
+
+    def evaluations(self) -> list[str]:
+        """Titles of the stages of `evaluate`."""
+        return [_title(name) for name, *_ in (*self._students(), *self._teachers())]
+
+    def _students(self) -> list[tuple[str, str, Weights | None]]:
+        """(name, mode, weights) of those that are scored."""
+        final = Weights(str(self.folder.student), FINAL)
+        wanted = self.config.evaluate.rows
+        rows: list[tuple[str, str, Weights | None]] = []
+        if "untrained" in wanted:
+            rows.append(("untrained", "greedy", None))
+        if "student" in wanted:
+            rows.append(("student", "greedy", final))
+        if "self_consistent" in wanted and self.config.env.name != "answer":
+            rows.append(("student_self_consistent", "self_consistent", final))
+        return rows
+
+    def _teachers(self) -> list[tuple[str, Assignment]]:
+        """(name, assignment) of those that are scored."""
+        if "teacher" not in self.config.evaluate.rows:
+            return []
+        return [("teacher" if len(self.assigned) == 1 else f"teacher {each.name}", each) for each in self.assigned]
+
+
+def _title(name: str) -> str:
+    return f"evaluation: {name.replace('_', ' ')}"
 
 
 _METRICS = (

@@ -45,7 +45,7 @@ class JointCollection:
         return not self._running
 
     def progress(self, timeout_s: float = 10.0) -> CollectProgress:
-        """Of a collection that does not tell in time: what it told last."""
+        """All together; of a collection that does not tell in time: what it told last."""
         from ray.exceptions import RayError
 
         for name, collection in self._collections.items():
@@ -54,6 +54,10 @@ class JointCollection:
             except (RayError, TimeoutError):  # the machine is busy, or it ends just now: `poll` knows
                 continue
         return summed([self._done, *self._seen.values()])
+
+    def by_name(self) -> dict[str, CollectProgress]:
+        """What each told when `progress` last asked."""
+        return dict(self._seen)
 
     def stop(self, reason: str) -> None:
         """Start nothing more; what is under way comes to its end."""
