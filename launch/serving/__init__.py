@@ -1,0 +1,1 @@
+"""An agent behind HTTP: what `launch/serve.py` and `launch/ask.py` are made of."""
