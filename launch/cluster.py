@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,13 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if config.metrics_port is not None:
+        if address:
+            raise ClusterError(
+                f"cluster.metrics_port={config.metrics_port} is for a local Ray; the one at {address} has its own: "
+                "ray start --metrics-export-port"
+            )
+        _check_free(config.metrics_port)
     if not address:
         # Only this process and its children speak to the local Ray, on loopback.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -61,8 +69,11 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                _metrics_export_port=config.metrics_port,
             )
             what = "a Ray of its own on this machine"
+            if config.metrics_port is not None:
+                what += f", metrics at http://127.0.0.1:{config.metrics_port}/metrics"
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"cannot use Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
     if threading.current_thread() is threading.main_thread():
@@ -72,6 +83,18 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
         yield what
     finally:
         ray.shutdown()
+
+
+def _check_free(port: int) -> None:
+    """Ray's agent would die of a port that is taken, and only its log would say so."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ClusterError(
+                f"cluster.metrics_port {port} cannot be listened on ({error.strerror}); choose another, or null for any"
+            ) from None
 
 
 def _check_variables(names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from envs.bounds import check_bounds
@@ -166,6 +167,9 @@ class ClusterConfig:
     num_cpus: int = 4
     """Logical CPUs of a local cluster; its actors share the real ones."""
     object_store_mb: int = 200
+    metrics_port: int | None = None
+    """A local cluster: where Prometheus finds the job's metrics, and Ray's own; None: a port that is free, named in
+    status.json. A cluster that is there already has its own (`ray start --metrics-export-port`)."""
     gpus_per_worker: float = 0.0
     """GPUs of one vLLM engine, for each of its tensor-parallel ranks; 0 runs it on CPUs."""
     gpus_per_rank: float = 0.0
@@ -173,6 +177,13 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, at_least_0=("num_cpus", "gpus_per_worker", "gpus_per_rank"), at_least_1=("object_store_mb",))
+        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port must be 1 to 65535, or null for any that is free, not {self.metrics_port}")
+        if self.metrics_port is not None and self.address:
+            raise ValueError(
+                f"metrics_port={self.metrics_port} is for a local cluster; the one at {self.address} has its own: "
+                "ray start --metrics-export-port"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +262,11 @@ class JobConfig:
             raise ValueError(f"two teachers are named {twice[0]!r}: give each a teacher.name of its own")
 
     @property
+    def run_name(self) -> str:
+        """What its metrics are labelled with: the name of its folder."""
+        return self.recipe
+
+    @property
     def all_teachers(self) -> tuple[TeacherShare, ...]:
         return self.teachers or (TeacherShare(teacher=self.teacher),)
 
@@ -277,6 +293,10 @@ class DistillConfig(JobConfig):
     """Ledgers of earlier runs: those episodes of this run that they hold are taken from there (`launch.reuse`)."""
     learner: LearnerConfig
     evaluate: EvaluateConfig
+
+    @property
+    def run_name(self) -> str:
+        return Path(self.run_dir).absolute().name
 
     def variables(self) -> list[str]:
         tracking = self.learner.tracking
@@ -311,6 +331,10 @@ class CollectConfig(JobConfig):
     """Which of the tasks."""
     compact: bool = True
     """Merge the ledger's small shards, when a job goes on and when all is collected."""
+
+    @property
+    def run_name(self) -> str:
+        return self.out.partition("?")[0].rstrip("/").rpartition("/")[2]
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)

@@ -113,6 +113,7 @@ class LiveView:
     def connected(self, metrics_url: str) -> None:
         """Where Ray exports metrics; "" where it exports none."""
         self._change(metrics_url=metrics_url)
+        self._tell()
 
     def plan(self, *titles: str) -> None:
         """Stages that will come after those that are known, in this order."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from launch.live_status import JobStatus, StatusError, from_json, to_json
@@ -51,16 +52,14 @@ class StatusFile:
         self._thread.join(CLOSE_S)
 
     def _write(self) -> None:
-        written: JobStatus | None = None
         while True:
             self._changed.wait(self._every_s)
             ended = self._ended.is_set()
             self._changed.clear()
             status = self._newest
-            if status is not None and status is not written:
+            if status is not None:
                 try:
-                    self._storage.replace(NAME, to_json(status))
-                    written = status
+                    self._storage.replace(NAME, to_json(replace(status, written_unix_s=time.time())))
                 except OSError:
                     pass  # a full disk, a store that is away: the next one
             if ended:

@@ -2,8 +2,8 @@
 
 Names follow Prometheus' conventions (base units as suffixes, `_total` on counters, ratios in [0, 1]); Ray puts `ray_`
 before each. Labels have few values: a run, its teachers (or other policies), kinds of tasks, span types, classes of
-failures, titles of stages; never a task, a worker or a text of a model. `HISTOGRAMS` are observed where episodes run
-(`rollout.episode_metrics`). It exports nothing; `launch.live_ray_metrics` does.
+failures, titles of stages; never a task, a worker or a text of a model. `EXPORTED` has the histograms too, which are
+observed where episodes run (`rollout.episode_metrics`). It exports nothing; `launch.live_ray_metrics` does.
 
 Example::
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.live_status import JobStatus, Stage
+from rollout.episode_metrics import HISTOGRAMS, LABELS
 from rollout.task_feed import CollectProgress
 
 PREFIX = "apprentice_"
@@ -100,14 +101,14 @@ def _episodes(read: Callable[[CollectProgress], float]) -> Callable[[JobStatus],
 
 
 def _now(read: Callable[[CollectProgress], float | None]) -> Callable[[JobStatus], Labelled]:
-    """Of the stages that run."""
+    """Of the stages that run; 0 once they have ended, since a gauge keeps what it was told last."""
 
     def labelled(status: JobStatus) -> Labelled:
         running = {stage.title for stage in status.stages if stage.state == "running"}
         for labels, seen in _policies(status):
             value = read(seen)
-            if labels["stage"] in running and value is not None:
-                yield labels, value
+            if value is not None:
+                yield labels, value if labels["stage"] in running else 0.0
 
     return labelled
 
@@ -141,11 +142,16 @@ def _info(status: JobStatus) -> Labelled:
 
 
 def _left(status: JobStatus) -> Labelled:
+    """0 of a part that has ended, since a gauge keeps what it was told last."""
     for stage in status.stages:
         if stage.state == "running" and stage.episodes_left_s is not None:
-            yield {"part": "episodes"}, stage.episodes_left_s
+            yield {"stage": stage.title, "part": "episodes"}, stage.episodes_left_s
         if stage.state == "running" and stage.learns and status.learning_left_s is not None:
-            yield {"part": "training"}, status.learning_left_s
+            yield {"stage": stage.title, "part": "training"}, status.learning_left_s
+        if stage.state in ("done", "failed"):
+            yield {"stage": stage.title, "part": "episodes"}, 0.0
+            if stage.learns:
+                yield {"stage": stage.title, "part": "training"}, 0.0
 
 
 def _share(stage: Stage) -> float | None:
@@ -208,7 +214,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("stage_running", "1 while the stage runs, else 0", _stages(lambda x: float(x.state == "running")), "stage"),
     _gauge("stage_done_ratio", "of the stage's episodes", _stages(_share), "stage"),
     _gauge("stage_elapsed_seconds", "spent in the stage", _stages(lambda x: x.elapsed_s), "stage"),
-    _gauge("left_seconds", "until the part ends, at the pace of late", _left, "part"),
+    _gauge("left_seconds", "until the part ends, at the pace of late", _left, "stage", "part"),
     # rollouts
     _gauge("episodes_expected", "of the stage, those found included", _episodes(lambda x: x.total), *_OF_EPISODES),
     _gauge("episodes_finished", "recorded, by earlier jobs too", _episodes(lambda x: x.finished), *_OF_EPISODES),
@@ -239,7 +245,6 @@ METRICS: tuple[Metric, ...] = (
     _gauge("learner_gradient_norm", "before clipping", _learning("grad_norm")),
     _gauge("learner_learning_rate", "of the last step", _learning("lr")),
     _gauge("learner_step_seconds", "the last optimizer step took", _learning("step_s")),
-    _gauge("learner_tokens_per_second", "over the time in steps", _learning("tokens_per_s")),
     _counter("learner_tokens", "of rows trained on, padding not counted", _learning("tokens")),
     _counter("learner_rows", "trained on, each pass counted", _learning("rows")),
     _gauge("learner_mfu_ratio", "of the device's peak", _learning("mfu")),
@@ -260,3 +265,12 @@ METRICS: tuple[Metric, ...] = (
     _gauge("score_low_ratio", "its 95% interval's lower end", _scores("low"), "stage", "kind"),
     _gauge("score_high_ratio", "its upper end", _scores("high"), "stage", "kind"),
 )  # fmt: skip
+EXPORTED: dict[str, tuple[str, ...]] = {
+    **{EXPORTED_PREFIX + metric.name: ("run", *metric.labels) for metric in METRICS},
+    **{
+        f"{EXPORTED_PREFIX}{name}_{part}": (*LABELS, *(("le",) if part == "bucket" else ()))
+        for name in HISTOGRAMS
+        for part in ("bucket", "sum", "count")
+    },
+}
+"""Every name that Prometheus is shown -> its labels, those apart that Ray adds."""

@@ -93,6 +93,9 @@ class JobStatus:
     started_unix_s: float = 0.0
     """When this one began."""
     updated_unix_s: float = 0.0
+    """When something was last told of it."""
+    written_unix_s: float = 0.0
+    """When its file was last written: its process was alive then, whatever it waits for."""
     metrics_url: str = ""
     """Where Ray exports the metrics of the driver's node; "" where it exports none."""
     stages: tuple[Stage, ...] = ()

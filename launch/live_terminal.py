@@ -88,7 +88,7 @@ class Screen:
         elapsed_s = (self._now_s if running else status.updated_unix_s) - status.started_unix_s
         state = Text(status.state, style=f"bold {COLOURS[status.state]}")
         state.append(f" {clock(elapsed_s)}", style="bold")
-        silent_s = self._now_s - status.updated_unix_s
+        silent_s = self._now_s - max(status.updated_unix_s, status.written_unix_s)
         if self._watched and running and silent_s > SILENT_S:
             state = Text(f"silent for {duration(silent_s)}: is it alive?", style="bold red")
         name = Text.assemble((printable(status.run) or "job", "bold"), "  ", (printable(status.job), ""))

@@ -29,7 +29,7 @@ def distill_view(config: DistillConfig, folder: RunFolder) -> LiveView:
 
         sinks.append(TensorBoardFigures(folder.path / "tensorboard"))
     view = LiveView(
-        job="distill", run=folder.path.name, folder=str(folder.path), note=_note(config.recipe, config.seed),
+        job="distill", run=config.run_name, folder=str(folder.path), note=_note(config.recipe, config.seed),
         began_unix_s=began_before(folder.path), sinks=sinks,
     )  # fmt: skip
     view.recall(_losses(folder.metrics))
@@ -39,7 +39,7 @@ def distill_view(config: DistillConfig, folder: RunFolder) -> LiveView:
 def collect_view(config: CollectConfig, folder: CollectFolder) -> LiveView:
     """Of `launch/collect.py`."""
     return LiveView(
-        job="collect", run=Path(folder.out.partition("?")[0]).name, folder=folder.out,
+        job="collect", run=config.run_name, folder=folder.out,
         note=_note(config.recipe, config.seed), began_unix_s=began_before(folder.out),
         sinks=[StatusFile(folder.out), RayMetrics()],
     )  # fmt: skip

@@ -82,7 +82,7 @@ def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: Job
     if is_endpoint(spec):  # its limits are those of all workers together
         spec = replace(spec, rate_limits=spec.rate_limits.shared_by(count * spec.data_parallel_size))
     name = meter.name if meter is not None and is_endpoint(spec) else ""
-    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=name)
+    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=name, run=config.run_name)
 
 
 def start_evaluation(

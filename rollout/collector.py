@@ -29,6 +29,7 @@ from envs.base import Task
 from envs.local_envs import LocalEnvs
 from envs.pool import RemoteEnv
 from rollout.episode import EpisodeSettings
+from rollout.episode_metrics import EpisodeMetrics
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.placement import engine_demand, place_engine, release
 from rollout.policy import PolicyError
@@ -111,8 +112,8 @@ class RolloutActor:
     Blocked by a full queue; unblocked by its reader, or killed with the job.
     """
 
-    def __init__(self, spec: PolicySpec, meter: str = "") -> None:
-        self._spec = spec
+    def __init__(self, spec: PolicySpec, meter: str = "", run: str = "") -> None:
+        self._spec, self._run = spec, run
         self._meter = meter  # by name: an actor with a handle among its arguments cannot be started again
         self._loader: WeightLoader | None = None
         self._starting = asyncio.Lock()
@@ -177,6 +178,7 @@ class RolloutActor:
                 ledger=LedgerWriter(ledger, writer=name),
                 sink=queue,
                 adaptive=adaptive,
+                observe=EpisodeMetrics(run=self._run, policy=loader.policy.name).observe,
             )
             return await worker.run()
         finally:
@@ -208,12 +210,14 @@ def start_rollout_actors(
     gpus_per_rank: float = 0.0,
     env_vars: Mapping[str, str] | None = None,
     meter: str = "",
+    run: str = "",
 ) -> list[Any]:
     """`count` x `spec.data_parallel_size` Ray actors, each with the policy of its own; loading begins with `start()` or
     the first collection.
 
     `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks. `meter`: name of a
-    `rollout.spend.SpendMeter` actor. Raises `PlacementError` when the cluster has no place for an engine.
+    `rollout.spend.SpendMeter` actor; `run`: what their metrics are labelled with. Raises `PlacementError` when the
+    cluster has no place for an engine.
     """
     import ray
 
@@ -232,7 +236,7 @@ def start_rollout_actors(
             runtime_env={"env_vars": {**spec.environment(), **(env_vars or {})}},
             **place,
         )
-        actors.append(actor.remote(spec, meter))
+        actors.append(actor.remote(spec, meter, run))
         _reserved[actors[-1]] = place
     return actors
 

@@ -63,6 +63,7 @@ class RolloutWorker:
     """Runs one collection with at most `len(envs)` episodes at a time.
 
     `adaptive`: fewer when the policy's engine is full (one that cannot be asked, such as an API, gets them all).
+    `observe`: is shown each trajectory once it is recorded (`rollout.episode_metrics`).
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class RolloutWorker:
         sink: Sink | None = None,
         adaptive: bool = True,
         ledger_patience_s: float = LEDGER_PATIENCE_S,
+        observe: Callable[[Trajectory], None] = lambda trajectory: None,
     ) -> None:
         self._name, self._policy, self._envs, self._settings = name, policy, envs, settings
         self._feed, self._ledger, self._sink = feed, ledger, sink
-        self._ledger_patience_s = ledger_patience_s
+        self._ledger_patience_s, self._observe = ledger_patience_s, observe
         self._requests: deque[EpisodeRequest] = deque()
         self._refill = asyncio.Lock()
         self._ended = False
@@ -194,6 +196,8 @@ class RolloutWorker:
                 continue
             await self._append(batch)
             recorded += len(batch)
+            for trajectory in batch:
+                self._observe(trajectory)
             await self._feed.done(self._name, [_summary(trajectory) for trajectory in batch])
             results = [trajectory for trajectory in batch if trajectory.failure is None]
             if results and self._sink is not None:
