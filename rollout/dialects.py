@@ -4,7 +4,8 @@
 `Thought: ...`, `Code:`, a fenced Python block and `<end_code>`. `ToolDialect` is Qwen's and Hermes' function calling:
 `<tool_call>` blocks of JSON, or an answer in plain words. `SearchDialect` is Search-R1's `<think>`, `<search>`,
 `<information>` and `<answer>` (arXiv 2503.09516). `AnswerDialect` is plain chain of thought ending in `Answer: ...`:
-the paper's baseline without tools.
+the paper's baseline without tools. `DirectDialect` is the answer at once, without reasoning: what a model knows by
+heart.
 
 Example::
 
@@ -130,6 +131,33 @@ class AnswerDialect:
         return first_thought
 
 
+class DirectDialect:
+    """The answer at once: the first line that says something is the answer, `Answer:` in front of it aside. Lines
+    behind it, where a model goes on to reason, do not count."""
+
+    name = "direct"
+    stop: tuple[str, ...] = ()
+
+    def __init__(self, system_prompt: str) -> None:
+        self.system_prompt = system_prompt
+
+    def parse(self, text: str) -> ParsedTurn:
+        found = _FIRST_LINE.match(text)
+        if found is None:
+            spans = _spans([(SpanType.FORMAT, 0, len(text))])
+            return ParsedTurn(spans=spans, action=None, error="No answer was found.")
+        start, end = found.span(1)
+        pieces = [(SpanType.FORMAT, 0, start), (SpanType.ANSWER, start, end), (SpanType.THOUGHT, end, len(text))]
+        return ParsedTurn(spans=_spans(pieces), action=found.group(1))
+
+    def observation(self, text: str) -> str:
+        return text
+
+    def opening(self, first_thought: str) -> str:
+        return ""
+
+
+_FIRST_LINE = re.compile(r"\s*(?:Answer:\s*)?+(\S(?:[^\n]*\S)?)")
 _CALL_START = re.compile(r"<tool_call>\s*")
 _CALL_END = re.compile(r"\s*(?:</tool_call>|\Z)")
 _TOOLS_PREAMBLE = """
@@ -335,4 +363,5 @@ SEARCH = SearchDialect(  # Search-R1's own words
     "many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
     "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>."
 )
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CODE, COT, TOOL, SEARCH)}
+DIRECT = DirectDialect("Reply with the answer alone.")
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CODE, COT, DIRECT, TOOL, SEARCH)}

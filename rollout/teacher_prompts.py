@@ -31,11 +31,13 @@ def teacher_prompt(dialect: str, tools: Sequence[ToolSchema] = (), *, max_steps:
             return _code(tools, max_steps)
         case "cot":
             return COT_TEACHER
+        case "direct":
+            return DIRECT_TEACHER
         case "tool":
             return _tool(tools, max_steps)
         case "search":
             return f"{SEARCH.system_prompt}\n\n{_SEARCH_MORE.format(max_steps=max_steps)}"
-    raise ValueError(f"there is no teacher's prompt for dialect {dialect!r}; there are code, cot, tool, search")
+    raise ValueError(f"there is no teacher's prompt for dialect {dialect!r}; there are code, cot, direct, tool, search")
 
 
 COT_TEACHER = """\
@@ -55,6 +57,19 @@ Question: A crate holds 18 jars. How many jars are in 4 crates after 7 of them b
 7 of them broke, so 72 - 7 = 65 are left.
 
 Answer: 65"""
+
+DIRECT_TEACHER = """\
+Answer the user's question at once, without reasoning in words. If passages stand in front of the question, use what \
+they say where it helps.
+
+Reply with one line that holds the final answer alone: a number, a name, a date, yes or no, or a mathematical \
+expression, without explanation and without units that were not asked for.
+
+Example
+
+Question: A crate holds 18 jars. How many jars are in 4 crates after 7 of them broke?
+
+65"""
 
 
 # -- code

@@ -49,7 +49,7 @@ def test_every_dialect_has_a_prompt_longer_than_its_students(dialect):
 
 
 def test_an_unknown_dialect_is_refused():
-    with pytest.raises(ValueError, match="dialect 'chess'; there are code, cot, tool, search"):
+    with pytest.raises(ValueError, match="dialect 'chess'; there are code, cot, direct, tool, search"):
         teacher_prompt("chess", max_steps=5)
 
 
