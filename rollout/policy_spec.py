@@ -20,6 +20,7 @@ _KINDS_OF_FIELD = {
     **dict.fromkeys(("base_url", "retries", "rate_limits", "prices", "cache_path"), _ENDPOINTS),
     **dict.fromkeys(("prefill", "stream", "extra_body"), ("openai",)),
     "tokenizer": ("vllm_server",),
+    "adapter": ("vllm",),
 }
 """To set one of these for another kind is a mistake, and may be a costly one."""
 
@@ -61,6 +62,8 @@ class PolicySpec:
     where they change what is sampled."""
     tokenizer: str = ""
     """vllm_server: the folder or Hugging Face id of the served model's tokenizer; empty takes `model`."""
+    adapter: str = ""
+    """vllm: a PEFT folder whose adapter is merged into `model` when it is loaded; see `rollout.adapter_merge`."""
     dtype: str = "auto"
     max_model_len: int = 4096
     max_num_seqs: int = 64
@@ -119,7 +122,7 @@ class PolicySpec:
         """The name that the built policy will have."""
         if self.kind == "expert":
             return ExpertPolicy.name
-        return self.name or self.model
+        return self.name or self.adapter or self.model
 
     def environment(self) -> dict[str, str]:
         """Environment variables that must be set before the worker's process imports the engine."""
@@ -158,10 +161,18 @@ class PolicySpec:
                 **self._endpoint(),
                 meter=meter,
             )
+        if self.adapter:
+            from rollout.adapter_merge import merged_model
+
+            with merged_model(self.model, self.adapter) as folder:  # which the engine has read when it is built
+                return self._engine(str(folder))
+        return self._engine(self.model)
+
+    def _engine(self, model: str) -> Policy:
         from rollout.vllm_policy import VllmPolicy
 
         return VllmPolicy(
-            self.model,
+            model,
             name=self.policy_name,
             dtype=self.dtype,
             max_model_len=self.max_model_len,
