@@ -23,6 +23,7 @@ from rollout.retries import RetryRule
 from rollout.spend import SpendCap
 
 DIALECT_OF_ENV = {"code": "code", "answer": "cot", "tool": "tool", "search": "search"}
+OTHER_DIALECT_OF_ENV = {"answer": "direct"}
 STORE_VARIABLES = [
     "AWS_ACCESS_KEY_ID",
     "AWS_ENDPOINT_URL",
@@ -244,7 +245,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         wanted = DIALECT_OF_ENV[self.env.name]
-        if self.episode.dialect != wanted:
+        if self.episode.dialect not in (wanted, OTHER_DIALECT_OF_ENV.get(self.env.name)):
             raise ValueError(
                 f"env.name {self.env.name!r} does not go with episode.dialect {self.episode.dialect!r}: "
                 f"use episode.dialect={wanted}"

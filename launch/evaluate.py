@@ -1,79 +1,102 @@
-"""The command that scores any student folder beside a run's own, greedy and with self-consistent actions, on the run's
-world (`launch.evaluation` does the work):
+"""Scores of any policy on held-out tasks, in one or more modes, by really running its code and searches.
 
-    python -m launch.evaluate runs/starter-seed0/learner/snapshots/0.1 --run runs/starter-seed0 --count 300
+    python launch/evaluate.py run=runs/starter-seed0 'modes=[agent,agent_sc]'    a finished run's student, in its world
+    python launch/evaluate.py run=RUN policy.model=RUN/learner/snapshots/0.1 tasks.test_count=300
+    python launch/evaluate.py policy=expert 'modes=[agent,cot]'
+    python launch/evaluate.py policy=openai policy.model=m policy.base_url=http://host/v1 'modes=[cot,cot_rag,direct]'
+    python launch/evaluate.py run=RUN benchmark=paper8 benchmark.folder=DIR retrieval.corpus=passages.jsonl
+    ray job submit --working-dir . -- python launch/evaluate.py run=/shared/runs/a out=/shared/scores/a
+
+modes: agent (greedy), agent_sc (self-consistent actions), whole_run_vote, cot, cot_rag, direct. samples=8 adds pass@k.
+The same command again does what is missing; with another policy or mode it adds to the table. `--cfg` prints the
+configuration and stops; `--json` prints the results for machines. `python -m launch.compare` compares any ledgers.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
+if not __package__:  # run as a file: imports come from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from envs.base import EnvError
-from launch.cluster import ClusterError
-from launch.evaluation import MODES, EvaluationError, run_evaluation, student_settings, student_spec
-from launch.live import LiveView
-from launch.wiring import Environments
-from learner.config import ConfigError
-from rollout.collector import CollectionError
-from rollout.placement import PlacementError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launch.job_command import job_parser, stops_like_an_interrupt
+
+if TYPE_CHECKING:
+    from launch.evaluation_config import EvaluationConfig
+    from launch.evaluation_folder import EvaluationFolder
+    from launch.evaluation_tasks import EvaluationWorld
+
+EXIT_CODES = """exit codes:
+  0    done: every episode has a result
+  1    failed on the way, or episodes have no result: the same command tries them again
+  2    refused before anything started
+  3    stopped at the spend cap: the same command with a higher spend.usd or spend.tokens goes on
+  130  interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("student", help="a Hugging Face folder")
-    parser.add_argument("--run", required=True, help="the run whose world and settings are used")
-    parser.add_argument(
-        "--modes", default=",".join(MODES[:2]), help=f"comma-separated, of {', '.join(MODES)}; default: the first two"
-    )
-    parser.add_argument("--count", type=int, help="starter world: held-out tasks of each kind; default: the run's")
-    parser.add_argument("--out", help="folder for its ledgers; default: evaluation/<student's name> in the run")
+    """Returns the exit code."""
+    parser = job_parser("launch/evaluate.py", __doc__, example="policy=expert or samples=4", epilog=EXIT_CODES)
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, and what happens on stderr")
     options = parser.parse_args(arguments)
+
+    from launch.config_reading import to_plain
+    from launch.evaluation_folder import EvaluationFolder
+    from launch.evaluation_reading import load_evaluation
+    from launch.preflight import check_evaluation
+
     try:
-        return _evaluate_folder(options)
-    except (ValueError, EvaluationError, OSError, ClusterError, CollectionError, PlacementError, EnvError) as error:
+        config = load_evaluation(options.overrides)
+        if options.cfg:
+            from omegaconf import OmegaConf
+
+            print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
+            return 0
+        folder = EvaluationFolder(config.out)
+        world = check_evaluation(config, folder)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    stops_like_an_interrupt()
+    return _run(config, folder, world, as_json=options.json)
 
 
-def _evaluate_folder(options: argparse.Namespace) -> int:
-    from launch.cluster import ray_cluster
-    from launch.report import score_table
-    from launch.run_folder import RunFolder
-    from launch.wiring import start_workers
-    from launch.world import load_world
+def _run(config: EvaluationConfig, folder: EvaluationFolder, world: EvaluationWorld, *, as_json: bool) -> int:
+    from rich.console import Console
 
-    student = Path(options.student)
-    if not (student / "config.json").is_file():
-        raise ConfigError(f"{student} is no Hugging Face folder: it holds no config.json")
-    modes = options.modes.split(",")
-    if unknown := set(modes) - set(MODES):
-        raise ConfigError(f"mode {unknown.pop()!r} is unknown; there are {', '.join(MODES)}")
-    folder = RunFolder(options.run)
-    config = folder.config()
-    if options.count is not None:
-        config = replace(config, tasks=replace(config.tasks, test_count=options.count))
-    world = load_world(config, folder.index)
-    out = Path(options.out) if options.out else folder.scores / student.name
-    view, scores = LiveView(), {}
-    with ray_cluster(config.cluster):
-        environments = Environments.start(config, world.retriever, slots=[config.evaluate.concurrency])
-        spec = student_spec(config, str(student.absolute()))
-        workers = start_workers(config, spec, count=1)
-        for mode in modes:
-            scores[f"{student.name}, {mode}"] = run_evaluation(
-                config, environments, workers, world.test, policy=spec.policy_name,
-                settings=student_settings(config, mode), ledger=out / mode, view=view, title=f"{student.name}: {mode}",
-                samples=config.evaluate.candidates if mode == "whole_run_vote" else 1,
-            )  # fmt: skip
-    kinds = list(dict.fromkeys(task.kind for task in world.test))
-    view.console.print(score_table(scores, kinds, title=f"held-out success of {student.name}, % [95% interval]"))
+    from launch.evaluation_job import EvaluationJobError, run_evaluation_job
+    from launch.live import LiveView
+
+    view = LiveView(Console(file=sys.stderr, highlight=False, soft_wrap=True)) if as_json else LiveView()
+    try:
+        with folder.claim(config) as found:
+            view.say(f"evaluation {folder.path}: {config.label}, {len(world.tasks):,} tasks" + " (goes on)" * found)
+            outcome = run_evaluation_job(config, folder, world, view)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except EvaluationJobError as error:
+        print(f"error: {error}\nthe same command goes on from {folder.path}", file=sys.stderr)
+        return 3 if "spend cap" in str(error) else 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {folder.path}", file=sys.stderr)
+        return 130
+    if as_json:
+        print(json.dumps(outcome.results, indent=2))
+    else:
+        print(f"results: {folder.results}")
+    if outcome.missing:
+        print(
+            f"{outcome.missing:,} episodes have no result (see failures/ of their ledger); the same command tries them "
+            "again",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

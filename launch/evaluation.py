@@ -17,10 +17,11 @@ from typing import Any
 
 from envs.base import Task
 from launch.config import DistillConfig
+from launch.evaluation_modes import OLD_NAMES
 from launch.intervals import Score, score
 from launch.live import LiveView
 from launch.wiring import Environments, start_evaluation
-from rollout.collector import Weights
+from rollout.collector import Collection, Weights
 from rollout.early_exit import EarlyExit
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
@@ -28,6 +29,7 @@ from rollout.policy_spec import PolicySpec
 from rollout.run_vote import vote_runs
 
 MODES = ("greedy", "self_consistent", "whole_run_vote")
+"""What the main job calls them; `launch.evaluation_modes` names all that the command knows."""
 
 
 class EvaluationError(RuntimeError):
@@ -51,7 +53,11 @@ def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
 
 
 def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
-    """How students are run in `mode`: greedy, k candidates a step with a vote, or k whole runs of a task to vote on."""
+    """How students are run in `mode`, by either of its names: greedy, k candidates a step with a vote, or k whole runs
+    of a task to vote on. Raises `ValueError` for the modes that have another env (`launch.evaluation_modes`)."""
+    mode = {new: old for old, new in OLD_NAMES.items()}.get(mode, mode)
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}; launch/evaluate.py has others")
     evaluate = config.evaluate
     settings = replace(
         config.episode,
@@ -91,26 +97,23 @@ def run_evaluation(
         config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights,
         samples=samples,
     )  # fmt: skip
+    watch_evaluation(collection, view, title)
+    return ledger_scores(ledger, tasks)
+
+
+def watch_evaluation(collection: Collection, view: LiveView, title: str) -> None:
+    """Until it ends, and is closed. Raises `EvaluationError` when it stops before that."""
     try:
         with view.stage(title):
             finished = False
             while not finished:
                 finished = collection.poll(timeout_s=0.5)
                 progress = collection.progress()
-                rate = progress.completion_tokens / max(progress.elapsed_s, 1e-9)
-                view.show(
-                    {
-                        "episodes": f"{progress.finished}/{progress.total}",
-                        "success": f"{progress.succeeded}/{progress.recorded}",
-                        "tokens/s": f"{rate:.0f}",
-                    },
-                    last=finished,
-                )
+                view.update(episodes=progress, last=finished)
                 if progress.stopped:
                     raise EvaluationError(progress.stopped)
     finally:
         collection.close()
-    return ledger_scores(ledger, tasks)
 
 
 def ledger_scores(ledger: Path, tasks: Sequence[Task]) -> dict[str, Score]:

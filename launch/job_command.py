@@ -53,7 +53,11 @@ def checked_config(options: argparse.Namespace, name: str, schema: type[T], chec
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    # Both are set: a shell's background job starts with SIGINT ignored.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
+    stops_like_an_interrupt()
     return config
+
+
+def stops_like_an_interrupt() -> None:
+    """From now on SIGTERM ends this process as SIGINT does: everything it started ends first."""
+    for stop in (signal.SIGINT, signal.SIGTERM):  # both: a shell's background job starts with SIGINT ignored
+        signal.signal(stop, signal.default_int_handler)

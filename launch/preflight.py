@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.config import CollectConfig, DistillConfig, JobConfig
 from launch.reuse import check_reuse
@@ -14,6 +15,11 @@ from learner.config import ConfigError
 from rollout.guidance import guide_text
 from rollout.policy import PolicyError
 from rollout.policy_spec import PolicySpec
+
+if TYPE_CHECKING:
+    from launch.evaluation_config import EvaluationConfig
+    from launch.evaluation_folder import EvaluationFolder
+    from launch.evaluation_tasks import EvaluationWorld
 
 
 def check(config: DistillConfig) -> None:
@@ -52,6 +58,27 @@ def check_collection(config: CollectConfig) -> None:
     _check_job(config, CollectFolder(config.out, config.scratch).index)
 
 
+def check_evaluation(config: EvaluationConfig, folder: EvaluationFolder) -> EvaluationWorld:
+    """The same for an evaluation; returns its tasks, which are loaded now."""
+    from launch.evaluation_tasks import load_tasks_of
+    from rollout.adapter_merge import base_of
+
+    spec = config.policy
+    _check_lasting("out", config.out)
+    if spec.kind == "vllm":
+        _check_model("policy.model", spec.model)
+    if spec.adapter:
+        base_of(spec.adapter)
+    if spec.kind == "vllm_server":
+        _check_tokenizer("policy.tokenizer", spec.tokenizer or spec.model)
+    _check_prices("policy", spec, config.spend.usd)
+    folder.check(config)
+    world = load_tasks_of(config, folder.index(config))
+    if is_endpoint(spec):  # last: it waits for others
+        _check_endpoint("policy", spec)
+    return world
+
+
 def _check_job(config: JobConfig, index: Path) -> None:
     several = len(config.all_teachers) > 1
     teachers = {
@@ -62,11 +89,7 @@ def _check_job(config: JobConfig, index: Path) -> None:
             _check_model(f"{key}.model", spec.model)
         if spec.kind == "vllm_server":
             _check_tokenizer(f"{key}.tokenizer", spec.tokenizer or spec.model)
-        if is_endpoint(spec) and config.spend.usd is not None and spec.prices is None:
-            raise ConfigError(
-                f"config {key}.prices: spend.usd={config.spend.usd:g} is a cap in money, so prices are needed: "
-                f"{key}.prices='{{prompt_usd_per_million: 0.15, completion_usd_per_million: 0.6}}', or cap spend.tokens"
-            )
+        _check_prices(key, spec, config.spend.usd)
     _check_judge(config)
     if config.tasks.source == "files" or config.retrieval.corpus or config.env.context_passages:
         world = load_world(config, index)
@@ -75,6 +98,14 @@ def _check_job(config: JobConfig, index: Path) -> None:
     for key, spec in teachers.items():  # last: it waits for others
         if is_endpoint(spec):
             _check_endpoint(key, spec)
+
+
+def _check_prices(key: str, spec: PolicySpec, usd: float | None) -> None:
+    if is_endpoint(spec) and usd is not None and spec.prices is None:
+        raise ConfigError(
+            f"config {key}.prices: spend.usd={usd:g} is a cap in money, so prices are needed: "
+            f"{key}.prices='{{prompt_usd_per_million: 0.15, completion_usd_per_million: 0.6}}', or cap spend.tokens"
+        )
 
 
 def _check_lasting(key: str, folder: str) -> None:

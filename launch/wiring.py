@@ -15,6 +15,7 @@ from envs.pool import start_env_hosts
 from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_retrieval_actor
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig, JobConfig, TeacherShare
+from launch.evaluation_config import EvaluationJob
 from launch.joint_collection import JointCollection
 from launch.spending import JobMeter, is_endpoint
 from launch.teachers import assign
@@ -35,6 +36,8 @@ class Environments:
     """Env hosts, or envs of the workers' own, for each collection that runs at the same time: two that shared a host
     would share its slots."""
     retrieval: RayRetrieverClient | None
+    search: NamedSearch | None = None
+    """How envs find it."""
 
     @classmethod
     def start(cls, config: JobConfig, retriever: RetrieverSpec | None, *, slots: Sequence[int]) -> Environments:
@@ -47,14 +50,11 @@ class Environments:
             actor = start_retrieval_actor(retriever, name=name, env_vars={"HF_HUB_OFFLINE": offline})
             client = RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s)
             search = NamedSearch(name, config.retrieval.timeout_s)
-        hosts = config.rollout.env_hosts
-        if hosts == 0:
-            timeout_s = config.rollout.env_timeout_s
-            return cls([LocalEnvs(config.env, search, count=n, timeout_s=timeout_s) for n in slots], client)
-        groups: list[list[Any] | LocalEnvs] = [
-            start_env_hosts(config.env, count=hosts, slots_per_host=-(-n // hosts), search=search) for n in slots
-        ]
-        return cls(groups, client)
+        return cls(_groups(config, search, slots), client, search)
+
+    def beside(self, config: JobConfig, *, slots: Sequence[int]) -> Environments:
+        """Further envs, of `config`, behind the same retrieval."""
+        return Environments(_groups(config, self.search, slots), self.retrieval, self.search)
 
     def wait_ready(self) -> bool:
         """Waits until the index is loaded and every host answers; returns whether they can preview.
@@ -73,6 +73,14 @@ class Environments:
             raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error
 
 
+def _groups(config: JobConfig, search: NamedSearch | None, slots: Sequence[int]) -> list[list[Any] | LocalEnvs]:
+    hosts = config.rollout.env_hosts
+    if hosts == 0:
+        timeout_s = config.rollout.env_timeout_s
+        return [LocalEnvs(config.env, search, count=n, timeout_s=timeout_s) for n in slots]
+    return [start_env_hosts(config.env, count=hosts, slots_per_host=-(-n // hosts), search=search) for n in slots]
+
+
 def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: JobMeter | None = None) -> list[Any]:
     """`count` x `spec.data_parallel_size` rollout actors; an engine gets its GPUs, an API client needs none.
 
@@ -86,7 +94,7 @@ def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: Job
 
 
 def start_evaluation(
-    config: DistillConfig,
+    config: DistillConfig | EvaluationJob,
     environments: Environments,
     workers: list[Any],
     tasks: list[Task],

@@ -28,6 +28,8 @@ class RunVote:
     """The chosen run's answer in its own words; None when no run gave one."""
     success: bool
     """The chosen run's."""
+    reward: float
+    """The chosen run's, in [0, 1]."""
     votes: int
     """Runs that gave this answer; 0 when no run gave one."""
     n: int
@@ -48,10 +50,10 @@ def vote_runs(trajectories: Iterable[Trajectory]) -> list[RunVote]:
     Among answers with as many votes, and for the wording within an answer, the likeliest run decides where every run
     tells its log-probabilities, else the one with the lowest sample index.
     """
-    runs: dict[str, list[Trajectory]] = {}
+    runs: dict[str, list[_Run]] = {}
     for trajectory in trajectories:
         if trajectory.failure is None:
-            runs.setdefault(trajectory.task.id, []).append(trajectory)
+            runs.setdefault(trajectory.task.id, []).append(_Run.of(trajectory))
     return [_vote(sorted(each, key=lambda run: run.sample_index)) for each in runs.values()]
 
 
@@ -73,21 +75,43 @@ def answer_key(task: Task, prediction: str) -> Hashable:
     return normalise(prediction) or text
 
 
-def _vote(runs: list[Trajectory]) -> RunVote:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Of a trajectory, what a vote needs: all runs of a benchmark are held at once."""
+
+    task: Task
+    key: str
+    sample_index: int
+    prediction: str | None
+    success: bool
+    reward: float
+    likelihood: float | None
+
+    @classmethod
+    def of(cls, run: Trajectory) -> _Run:
+        return cls(run.task, run.key, run.sample_index, run.prediction, run.success, run.reward, _likelihood(run))
+
+
+def _vote(runs: list[_Run]) -> RunVote:
     """`runs` of one task, by sample index."""
-    answers: dict[Hashable, list[Trajectory]] = {}
+    answers: dict[Hashable, list[_Run]] = {}
     for run in runs:
         if run.prediction is not None:
             answers.setdefault(answer_key(run.task, run.prediction), []).append(run)
     most = max(map(len, answers.values()), default=0)
     tied = [run for group in answers.values() if len(group) == most for run in group] or runs
-    likely = {id(run): _likelihood(run) for run in tied}
-    if any(value is None for value in likely.values()):
+    if any(run.likelihood is None for run in tied):
         chosen = min(tied, key=lambda run: run.sample_index)
     else:
-        chosen = max(tied, key=lambda run: likely[id(run)] or 0.0)
+        chosen = max(tied, key=lambda run: run.likelihood or 0.0)
     return RunVote(
-        task=chosen.task, prediction=chosen.prediction, success=chosen.success, votes=most, n=len(runs), key=chosen.key
+        task=chosen.task,
+        prediction=chosen.prediction,
+        success=chosen.success,
+        reward=chosen.reward,
+        votes=most,
+        n=len(runs),
+        key=chosen.key,
     )
 
 

@@ -1,0 +1,128 @@
+"""Compares ledgers that are there already, task by task: what did better on the tasks that they share?
+
+    python -m launch.compare runs/a/evaluation/student runs/a/evaluation/student_self_consistent
+    python -m launch.compare runs/a/evaluation/student runs/b/evaluation/student --names seed-0,seed-1
+    python -m launch.compare LEDGER LEDGER --kind two_hop --json
+
+It runs nothing. A ledger of several policies is a row for each of them. A task with several runs counts with their
+mean, or with their vote's result (--votes). Right or wrong is compared by McNemar's exact test, other scores by a
+permutation test; the interval of a difference is Newcombe's or a bootstrap's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if TYPE_CHECKING:
+    from launch.evaluation_rows import Row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 for ledgers that cannot be compared."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ledgers", nargs="+", metavar="LEDGER", help="folders, or s3://bucket/prefix")
+    parser.add_argument("--names", help="comma-separated, one for each ledger")
+    parser.add_argument("--kind", action="append", help="tasks of this kind alone; may be given several times")
+    parser.add_argument("--votes", action="store_true", help="of a task with several runs, score their vote")
+    parser.add_argument("--all-tasks", action="store_true", help="show each ledger's score over all of its own tasks")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    options = parser.parse_args(arguments)
+
+    from rollout.ledger import LedgerError
+    from rollout.records import RecordsError
+    from rollout.storage import StorageError
+
+    try:
+        rows = _rows(options)
+    except (ValueError, LedgerError, RecordsError, StorageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        from launch.evaluation_rows import pairs
+
+        found = {
+            "rows": {row.name: row.to_json({}) for row in rows},
+            "pairs": [pair.to_json() for pair in pairs(rows)],
+        }
+        print(json.dumps(found, indent=2))
+        return 0
+    _print(rows)
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> list[Row]:
+    names = _names(options.ledgers, options.names)
+    rows = [row for path, name in zip(options.ledgers, names, strict=True) for row in _read(path, name, options.votes)]
+    if options.kind:
+        known = {kind for row in rows for kind in row.kinds}
+        if unknown := [kind for kind in options.kind if kind not in known]:
+            raise ValueError(f"--kind {unknown[0]!r}: the ledgers' tasks are of the kinds {', '.join(sorted(known))}")
+        rows = [_only(row, lambda task, row=row: row.results[task].kind in options.kind) for row in rows]
+    shared = set.intersection(*(set(row.results) for row in rows))
+    if not shared:
+        raise ValueError("the ledgers share no task, so there is nothing to compare; tasks are told by their ids")
+    most = max(len(row.results) for row in rows)
+    if len(shared) < most and not options.all_tasks:
+        print(f"scores are over the {len(shared):,} tasks that all have (of {most:,})", file=sys.stderr)
+        rows = [_only(row, lambda task: task in shared) for row in rows]
+    return rows
+
+
+def _read(path: str, name: str, votes: bool) -> list[Row]:
+    from launch.evaluation_rows import Row
+    from rollout.ledger import Ledger, LedgerError
+
+    ledger = Ledger(path)
+    policies = sorted({each for table in ledger.scan(["policy"]) for each in table.column("policy").to_pylist()})
+    if not policies:
+        missing = "://" not in path and not Path(path).exists()
+        raise LedgerError(f"{path} does not exist" if missing else f"{path} holds no trajectory")
+    if len(policies) == 1:
+        return [Row.read(name, ledger, votes=votes)]
+    return [Row.read(f"{name}: {policy}", ledger, policy=policy, votes=votes) for policy in policies]
+
+
+def _only(row: Row, wanted: object) -> Row:
+    return replace(row, results={task: each for task, each in row.results.items() if wanted(task)})  # type: ignore[operator]
+
+
+def _names(ledgers: Sequence[str], given: str | None) -> list[str]:
+    """Of the rows: what tells the paths apart."""
+    if given is not None:
+        names = given.split(",")
+        if len(names) != len(ledgers) or len(set(names)) < len(names):
+            raise ValueError(f"--names {given!r}: give {len(ledgers)} different names, one for each ledger")
+        return names
+    parts = [[part for part in path.split("/") if part not in ("", ".")] or [path] for path in ledgers]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise ValueError("a ledger is named twice")
+    common = len(os.path.commonprefix([each[:-1] for each in parts]))
+    ends = [each[common:] for each in parts]
+    while len(ends) > 1 and all(len(each) > 1 for each in ends) and len({each[-1] for each in ends}) == 1:
+        ends = [each[:-1] for each in ends]  # such as /ledger behind each
+    return ["/".join(each) for each in ends]
+
+
+def _print(rows: Sequence[Row]) -> None:
+    from launch.evaluation_tables import tables
+    from launch.live import LiveView
+
+    console = LiveView().console
+    for table in tables(rows, domains={}):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
