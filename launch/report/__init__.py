@@ -5,5 +5,17 @@
 
 from launch.report.learning_curve import draw_learning_curve
 from launch.report.scores import ROW_TITLES, Scores, score_table, scores_to_json
+from launch.report.writing import REPORT, ReportError, leave_report, reported, write_report
 
-__all__ = ["ROW_TITLES", "Scores", "draw_learning_curve", "score_table", "scores_to_json"]
+__all__ = [
+    "REPORT",
+    "ROW_TITLES",
+    "ReportError",
+    "Scores",
+    "draw_learning_curve",
+    "leave_report",
+    "reported",
+    "score_table",
+    "scores_to_json",
+    "write_report",
+]

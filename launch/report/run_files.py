@@ -1,0 +1,215 @@
+"""What a report is made of: the files of a run folder, an evaluation's folder, a collection (in a bucket, too) or a
+bare ledger, found and told apart.
+
+Example::
+
+    files = find("runs/starter-seed0")
+    files.kind                                        # Kind.DISTILL
+    [ledger.name for ledger in files.ledgers]         # ["training", "untrained", "student", ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rollout import ledger_mark
+from rollout.ledger import LedgerError
+from rollout.storage import FolderStorage, Storage, open_storage
+
+STATUS = "status.json"
+_DEPTH = 5
+"""How deep below an evaluation's folder ledgers are looked for."""
+_NO_LEDGERS = {"shards", "failures", "manifests", "learner", "index", "scratch"}
+_MOST_LEDGERS = 40
+_WHILE_LEARNING = re.compile(r"while_learning/step-(\d+)$")
+_ORDER = ("untrained", "student", "student_self_consistent", "teacher")
+
+
+class ReportError(ValueError):
+    """Nothing that a report can be made of; one line that names what is wrong."""
+
+
+class Kind(StrEnum):
+    """Which job left it."""
+
+    DISTILL = "distillation"
+    COLLECT = "collection"
+    EVALUATE = "evaluation"
+    LEDGER = "ledger"
+
+
+class Role(StrEnum):
+    """What a ledger's trajectories are for."""
+
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+    WATCH = "while learning"
+    """A student's that still learned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerFiles:
+    """One ledger of a run."""
+
+    name: str
+    """Short and unique in the run; results name it so, too."""
+    role: Role
+    uri: str
+    step: int | None = None
+    """Of `WATCH`: the learner's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """Everything that was found; what is not there is None or empty."""
+
+    kind: Kind
+    place: str
+    """Absolute path or URI."""
+    name: str
+    """Last part of it, for a title."""
+    storage: Storage
+    config: Mapping[str, Any] | None
+    results: Mapping[str, Any] | None
+    """`results.json`, or a collection's `summary.json`."""
+    learned: Mapping[str, Any] | None
+    """`learner/final.json`."""
+    status: Mapping[str, Any] | None
+    """`launch.live_status.JobStatus` of the last job on it: how it ended, and what it said last."""
+    ledgers: tuple[LedgerFiles, ...]
+
+    @property
+    def folder(self) -> Path | None:
+        """None where it is no folder of this machine."""
+        return Path(self.place) if isinstance(self.storage, FolderStorage) else None
+
+    def of(self, *roles: Role) -> tuple[LedgerFiles, ...]:
+        return tuple(ledger for ledger in self.ledgers if ledger.role in roles)
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """A file of JSON lines, one at a time; a line that was cut off by a kill is left out, as is a missing file."""
+        path = None if self.folder is None else self.folder / name
+        if path is not None:
+            if path.is_file():
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    yield from _objects(file)
+            return
+        try:
+            text = self.storage.read(name).decode("utf-8", "replace")
+        except OSError:
+            return
+        yield from _objects(iter(text.splitlines()))
+
+
+def find(place: str | Path) -> RunFiles:
+    """Raises `ReportError` for a place where there is neither a run nor a ledger."""
+    try:
+        storage = open_storage(place)
+    except ValueError as error:
+        raise ReportError(str(error)) from None
+    folder = Path(place).absolute() if isinstance(storage, FolderStorage) else None
+    where = str(folder) if folder is not None else str(place).rstrip("/")
+    if folder is not None:
+        if not folder.is_dir():
+            raise ReportError(f"{place} is no folder; name a run's folder or a ledger's")
+        storage = open_storage(folder)
+    config, status = _read(storage, "config.json"), _read(storage, STATUS)
+    results = _read(storage, "results.json") or _read(storage, "summary.json")
+    try:
+        is_ledger = _read(storage, ledger_mark.MARK) is not None and ledger_mark.version(storage) is not None
+    except LedgerError as error:
+        raise ReportError(str(error)) from None
+    if is_ledger:
+        kind, ledgers = Kind.LEDGER, (LedgerFiles(name=_last(where), role=Role.EVALUATION, uri=where),)
+    elif config is not None and "run_dir" in config and "learner" in config:
+        kind, ledgers = Kind.DISTILL, _of_run(folder)
+    elif config is not None and "out" in config and "scratch" in config:
+        kind, ledgers = Kind.COLLECT, _of_collection(where, storage)
+    else:
+        kind, ledgers = Kind.EVALUATE, _evaluations(folder, folder) if folder is not None else ()
+    if not ledgers and config is None and results is None:
+        raise ReportError(f"{place} holds no run and no ledger: no config.json, no ledger.json in it")
+    return RunFiles(
+        kind=kind,
+        place=where,
+        name=_last(where),
+        storage=storage,
+        config=config,
+        results=results,
+        learned=_read(storage, "learner/final.json"),
+        status=status,
+        ledgers=ledgers,
+    )
+
+
+def _of_run(folder: Path | None) -> tuple[LedgerFiles, ...]:
+    if folder is None:
+        return ()
+    training = folder / "ledger"
+    found = [LedgerFiles(name="training", role=Role.TRAINING, uri=str(training))] if _marked(training) else []
+    return (*found, *_evaluations(folder / "evaluation", folder / "evaluation"))
+
+
+def _of_collection(where: str, storage: Storage) -> tuple[LedgerFiles, ...]:
+    place, mark, options = where.partition("?")
+    uri = f"{place.rstrip('/')}/ledger{mark}{options}"
+    there = any(each.name.endswith(ledger_mark.MARK) for each in storage.list("ledger"))
+    return (LedgerFiles(name="training", role=Role.TRAINING, uri=uri),) if there else ()
+
+
+def _evaluations(folder: Path | None, top: Path | None) -> tuple[LedgerFiles, ...]:
+    if folder is None or top is None:
+        return ()
+    found: list[LedgerFiles] = []
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - _NO_LEDGERS)
+        relative = Path(path).relative_to(top)
+        if ledger_mark.MARK in files:
+            folders.clear()
+            name = relative.as_posix()
+            watched = _WHILE_LEARNING.search(name)
+            role = Role.EVALUATION if watched is None else Role.WATCH
+            found.append(
+                LedgerFiles(name=name, role=role, uri=path, step=None if watched is None else int(watched.group(1)))
+            )
+        elif len(relative.parts) >= _DEPTH:
+            folders.clear()
+    found.sort(key=lambda each: (_ORDER.index(each.name) if each.name in _ORDER else len(_ORDER), each.name))
+    # The teacher last, whatever other rows there are.
+    found.sort(key=lambda each: each.name.startswith("teacher"))
+    kept = [each for each in found if each.role is Role.EVALUATION][:_MOST_LEDGERS]
+    return (*kept, *[each for each in found if each.role is Role.WATCH][:_MOST_LEDGERS])
+
+
+def _marked(folder: Path) -> bool:
+    return (folder / ledger_mark.MARK).is_file()
+
+
+def _read(storage: Storage, name: str) -> dict[str, Any] | None:
+    """A JSON object; None where there is none that can be read."""
+    try:
+        found = json.loads(storage.read(name))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _objects(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _last(place: str) -> str:
+    return place.partition("?")[0].rstrip("/").rpartition("/")[2] or place

@@ -1,0 +1,130 @@
+"""What a run was told: the command that would start it again, its configuration as YAML, and nothing that is secret.
+
+Example::
+
+    command(config)               # "python launch/distill.py recipe=starter seed=1 learner.epochs=3"
+    as_yaml(without_secrets(config))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "(hidden)"
+_SECRET_NAME = re.compile(
+    r"(?:^|[_\-.])(?:api_?keys?|key|secrets?|passwords?|passwd|credentials?|authorization|auth|cookies?|bearer"
+    r"|(?:access|auth|api|bearer|id|refresh|session|hf|private|client)[_\-]?tokens?|token|x-api-key|signature)$",
+    re.IGNORECASE,
+)
+_NOT_SECRET_NAMES = ("api_key_env",)
+"""It names a variable, and holds nothing."""
+_LOOKS_SECRET = re.compile(
+    r"\b(?:sk|pk|hf|gsk|xai|ghp|gho|github_pat|glpat|xox[a-z]|AIza|AKIA)[-_]?[A-Za-z0-9_\-]{12,}"
+    r"|\beyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-.]+"
+    r"|(?i:bearer|basic)\s+[A-Za-z0-9+/=_\-.]{8,}"
+)
+_IN_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.\-]*://)[^/\s@?#]+@", re.IGNORECASE)
+_IN_QUERY = re.compile(
+    r"(?P<name>[?&](?:[\w\-]*(?:key|token|secret|password|signature|sig|credential|auth)[\w\-]*)=)[^&#\s]+",
+    re.IGNORECASE,
+)
+_IN_ARGUMENT = re.compile(
+    r"(?P<name>--?[\w\-]*(?:api-?key|token|secret|password|auth)[\w\-]*[= ])\S+|"
+    r"(?P<variable>\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)\S+"
+)
+_MAPS_OF_SECRETS = ("env", "headers", "extra_headers", "default_headers")
+"""Mappings whose values may all be secret, where their values are text."""
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """The same with every value hidden that is named as a secret or looks like one."""
+    if isinstance(value, Mapping):
+        if (
+            name.rpartition(".")[2].lower() in _MAPS_OF_SECRETS
+            and value
+            and all(isinstance(each, str) for each in value.values())
+            and "name" not in value
+        ):
+            return {str(key): HIDDEN for key in value}
+        return {str(key): without_secrets(each, str(key)) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return _list_without_secrets(value, name)
+    if isinstance(value, str) and value:
+        if _SECRET_NAME.search(name) and name not in _NOT_SECRET_NAMES:
+            return HIDDEN
+        return text_without_secrets(value)
+    return value
+
+
+def text_without_secrets(text: str) -> str:
+    """Without what looks like a key, and without user, password and keys in URLs."""
+    text = _LOOKS_SECRET.sub(HIDDEN, text)
+    text = _IN_URL.sub(rf"\g<scheme>{HIDDEN}@", text)
+    text = _IN_QUERY.sub(rf"\g<name>{HIDDEN}", text)
+    return _IN_ARGUMENT.sub(lambda found: f"{found['name'] or found['variable']}{HIDDEN}", text)
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    except Exception:  # text that OmegaConf takes for an interpolation of its own
+        return json.dumps(config, indent=2, ensure_ascii=False, default=str)
+
+
+def overrides(config: Mapping[str, Any], *, job: str) -> list[str]:
+    """What differs from the recipe that it names, as arguments of the command; `job`: "distill" or "collect".
+
+    Groups are not looked for: `teacher=openai` comes out as the values that it sets.
+    """
+    from launch.config_reading import compose
+
+    recipe = str(config.get("recipe", ""))
+    base: dict[str, Any] = {}
+    chosen: list[str] = []
+    for attempt in ([f"recipe={recipe}"], []):
+        try:
+            base, chosen = compose(attempt, name=job), attempt
+            break
+        except Exception:  # a recipe of another version: told as what differs from the job's own defaults
+            continue
+    there, here = _flat(base), _flat(config)
+    return [*chosen, *(_override(key, value) for key, value in here.items() if key in there and there[key] != value)]
+
+
+def command(config: Mapping[str, Any], *, job: str) -> str:
+    """One that starts the same run."""
+    return " ".join([f"python launch/{job}.py", *overrides(without_secrets(config), job=job)])
+
+
+def _list_without_secrets(values: list[Any] | tuple[Any, ...], name: str) -> list[Any]:
+    """What follows an argument such as `--api-key` is one, too."""
+    kept: list[Any] = []
+    hide = False
+    for value in values:
+        is_flag = isinstance(value, str) and value.startswith("-") and "=" not in value
+        kept.append(HIDDEN if hide and isinstance(value, str) and not is_flag else without_secrets(value, name))
+        hide = is_flag and bool(_SECRET_NAME.search(value.lstrip("-").replace("-", "_")))
+    return kept
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _override(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[\w./:\-]+", value)
+        return f"{key}={value}" if plain else f"'{key}={json.dumps(value, ensure_ascii=False)}'"
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key}={text}" if re.fullmatch(r"[\w.\-]+", text) else f"'{key}={text}'"
