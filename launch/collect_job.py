@@ -22,6 +22,7 @@ from launch.joint_collection import JointCollection
 from launch.live import LiveView
 from launch.live_ray_metrics import metrics_url
 from launch.live_views import collect_view
+from launch.report import reported
 from launch.spending import JobMeter
 from launch.wiring import Assignment, Environments, assignments, start_collections
 from launch.world import World, load_world
@@ -57,7 +58,7 @@ class Outcome:
 
 def run_collection(config: CollectConfig, folder: CollectFolder, *, resumed: bool) -> Outcome:
     """Everything from tasks to `summary.json`. Raises `CollectJobError`; whatever it started is ended in any case."""
-    with collect_view(config, folder) as view:
+    with reported(folder.out), collect_view(config, folder) as view:
         return _run_collection(config, folder, view, resumed=resumed)
 
 

@@ -25,7 +25,7 @@ from launch.live import LiveView
 from launch.live_evaluation import LiveEvaluation, start_live_evaluation
 from launch.live_ray_metrics import metrics_url
 from launch.live_views import distill_view
-from launch.report import draw_learning_curve, score_table, scores_to_json
+from launch.report import draw_learning_curve, reported, score_table, scores_to_json
 from launch.reuse import reuse
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
@@ -56,7 +56,7 @@ class JobError(RuntimeError):
 
 def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     """Everything from tasks to `results.json`. Raises `JobError`; whatever it started is ended in any case."""
-    with distill_view(config, folder) as view:
+    with reported(folder.path), distill_view(config, folder) as view:
         _run_job(config, folder, view, resumed=resumed)
 
 
