@@ -17,9 +17,12 @@ import asyncio
 import hashlib
 import os
 import secrets
+import signal
+import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from typing import Any
 
 from envs.base import EnvError, Task
@@ -31,11 +34,14 @@ from launch.serving.plan import AgentPlan
 from rollout.async_env import AsyncEnv
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.policy import EngineDiedError, Policy
+from rollout.policy_spec import PolicySpec
 from rollout.trajectory import Step, Trajectory
 
 KIND = "asked"
 """Of the tasks that are made of questions."""
 _SEARCH_GRACE_S = 5.0
+_QUIETER = {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""What an engine's libraries say of each other, in a process of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,13 +85,13 @@ class Agent:
     @classmethod
     async def start(cls, plan: AgentPlan, *, places: int = 1, line: int = 0, wait_s: float = 30.0) -> Agent:
         """Loads the index, starts the sandbox, loads the policy. Raises `EnvError`, `PolicyError`, `ValueError`."""
-        os.environ.update({**QUIET, **plan.spec.environment()})
+        os.environ.update({**QUIET, **_QUIETER, **plan.spec.environment()})
         async with AsyncExitStack() as started:
             search = await _start_search(plan, started) if plan.retriever is not None else None
             envs = LocalEnvs(plan.env, search, count=places, timeout_s=plan.env_timeout_s)
             started.push_async_callback(envs.close)
             connected = await envs.connect()
-            policy = await asyncio.to_thread(plan.spec.build)
+            policy = await asyncio.to_thread(_build, plan.spec)
             started.push_async_callback(policy.close)
             closing = started.pop_all().aclose
             return cls(policy, connected, line=line, wait_s=wait_s, closing=closing)
@@ -121,6 +127,19 @@ class Agent:
         closing, self._closing = self._closing, None
         if closing is not None:
             await closing()
+
+
+def _build(spec: PolicySpec) -> Policy:
+    """What is started here does not hear a terminal's Ctrl-C, which goes to every process of a command: an engine in a
+    process of its own would end at once, under the episodes that may still come to their end."""
+    resource_tracker.ensure_running()  # when it starts it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by threads and processes
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the engine's libraries among themselves
+            return spec.build()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(slots=True)

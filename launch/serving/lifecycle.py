@@ -60,7 +60,7 @@ async def run_service(service: Service, bound: socket.socket, *, drain_s: float,
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked)
-    server = _server(service)
+    server = server_for(service)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     settings = service.settings
     began = time.monotonic()
@@ -73,7 +73,7 @@ async def run_service(service: Service, bound: socket.socket, *, drain_s: float,
         if not loading.done():
             await _give_up_loading(loading, server, serving, service)
             say("ended while it was loading")
-            _leave(0 if stop.is_set() else 1)
+            leave(0 if stop.is_set() else 1)
         service.ready(loading.result())
         say(f"ready after {time.monotonic() - began:.0f} s")
         failed = asyncio.create_task(service.failed.wait())
@@ -98,7 +98,7 @@ async def run_service(service: Service, bound: socket.socket, *, drain_s: float,
     return 1 if service.failed.is_set() else 0
 
 
-def _server(service: Service) -> Any:
+def server_for(service: Service) -> Any:
     import uvicorn
 
     config = uvicorn.Config(
@@ -137,8 +137,9 @@ async def _give_up_loading(loading: asyncio.Task[Agent], server: Any, serving: A
     await service.close()
 
 
-def _leave(status: int) -> None:
-    """A model is being loaded in a thread that cannot be stopped, perhaps into a process that does not know us yet."""
+def leave(status: int) -> None:
+    """End this process at once, with what it started: a model is being loaded in a thread that cannot be stopped,
+    perhaps into a process that does not know us yet."""
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()

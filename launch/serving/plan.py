@@ -81,6 +81,8 @@ def plan_agent(
         raise ConfigError(f"policy {policy!r} is unknown; there are {', '.join(POLICIES)}")
     if policy == "teacher" and student:
         raise ConfigError(f"a teacher is named by the run, so leave the student {student!r} out")
+    if student and not (Path(student) / "config.json").is_file():
+        raise ConfigError(f"student {student!r} is no Hugging Face folder: it holds no config.json")
     if run and overrides:
         raise ConfigError(f"{overrides[0]!r}: a run has its own configuration; give overrides without a run")
     if overrides:
@@ -122,8 +124,8 @@ def _run_above(student: str) -> Path:
         if (parent / "config.json").is_file() and (parent / "ledger").is_dir():
             return parent
     raise ConfigError(
-        f"student {student!r} lies in no run, so its env is unknown: name a run with --run, or compose one, "
-        "as in 'recipe=starter'"
+        f"student {student!r} lies in no run, so its env is unknown: name a run whose env it is to act in, or give a "
+        "configuration, such as recipe=starter"
     )
 
 
@@ -132,8 +134,6 @@ def _student(
 ) -> tuple[PolicySpec, EpisodeSettings, EpisodeSettings]:
     place = Path(student) if student else folder.student
     if not (place / "config.json").is_file():
-        if student:
-            raise ConfigError(f"student {student!r} is no Hugging Face folder: it holds no config.json")
         raise ConfigError(f"{place} holds no student yet: let launch/distill.py finish, or name one with --student")
     spec = student_spec(config, str(place.absolute()))
     return spec, student_settings(config, "greedy"), student_settings(config, "self_consistent")
