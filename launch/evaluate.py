@@ -22,6 +22,7 @@ if not __package__:  # run as a file: imports come from the repository's root, n
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from launch.job_command import job_parser, stops_like_an_interrupt
@@ -71,10 +72,12 @@ def _run(config: EvaluationConfig, folder: EvaluationFolder, world: EvaluationWo
 
     from launch.evaluation_job import EvaluationJobError, run_evaluation_job
     from launch.live import LiveView
+    from launch.report import reported
 
     view = LiveView(Console(file=sys.stderr, highlight=False, soft_wrap=True)) if as_json else LiveView()
+    say = partial(print, file=sys.stderr) if as_json else print
     try:
-        with folder.claim(config) as found:
+        with folder.claim(config) as found, reported(folder.path, say=say):
             view.say(f"evaluation {folder.path}: {config.label}, {len(world.tasks):,} tasks" + " (goes on)" * found)
             outcome = run_evaluation_job(config, folder, world, view)
     except ValueError as error:

@@ -199,7 +199,7 @@ def _watched(files: RunFiles, ledgers: Mapping[str, Ledger], figures: Figures) -
 
 def _scores(files: RunFiles, figures: Figures) -> tuple[dict[str, dict[str, Score]], str]:
     """Of the results, where a job came so far; else of what the ledgers hold."""
-    recorded = _recorded_scores((files.results or {}).get("scores"))
+    recorded = recorded_scores((files.results or {}).get("scores"))
     if recorded:
         return recorded, "results"
     scores: dict[str, dict[str, Score]] = {}
@@ -217,7 +217,7 @@ def _scores(files: RunFiles, figures: Figures) -> tuple[dict[str, dict[str, Scor
     return scores, "ledgers"
 
 
-def _recorded_scores(found: Any) -> dict[str, dict[str, Score]]:
+def recorded_scores(found: Any) -> dict[str, dict[str, Score]]:
     """What `results.json` says under "scores"; {} for anything else than rows of kinds of scores."""
     if not isinstance(found, Mapping):
         return {}

@@ -130,4 +130,4 @@ def _in_turn(
 def _footer(figures: Figures) -> Markup:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(figures.made_at_s))
     place = figures.files.name
-    return tag("p", f"Made {made} from {place} by `python -m launch.report`. Intervals are 95% Wilson intervals.")
+    return tag("p", f"Made {made} from {place} by `python -m launch.report`. Intervals are 95% intervals.")

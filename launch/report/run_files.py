@@ -173,12 +173,11 @@ def _evaluations(folder: Path | None, top: Path | None) -> tuple[LedgerFiles, ..
         relative = Path(path).relative_to(top)
         if ledger_mark.MARK in files:
             folders.clear()
-            name = relative.as_posix()
-            watched = _WHILE_LEARNING.search(name)
+            watched = _WHILE_LEARNING.search(relative.as_posix())
             role = Role.EVALUATION if watched is None else Role.WATCH
-            found.append(
-                LedgerFiles(name=name, role=role, uri=path, step=None if watched is None else int(watched.group(1)))
-            )
+            name = _row(Path(path).parent) or ", ".join(part for part in relative.parts if part != "ledger")
+            step = None if watched is None else int(watched.group(1))
+            found.append(LedgerFiles(name=name, role=role, uri=path, step=step))
         elif len(relative.parts) >= _DEPTH:
             folders.clear()
     found.sort(key=lambda each: (_ORDER.index(each.name) if each.name in _ORDER else len(_ORDER), each.name))
@@ -186,6 +185,13 @@ def _evaluations(folder: Path | None, top: Path | None) -> tuple[LedgerFiles, ..
     found.sort(key=lambda each: each.name.startswith("teacher"))
     kept = [each for each in found if each.role is Role.EVALUATION][:_MOST_LEDGERS]
     return (*kept, *[each for each in found if each.role is Role.WATCH][:_MOST_LEDGERS])
+
+
+def _row(folder: Path) -> str:
+    """What an evaluation calls the row that is beside its ledger; "" where it says nothing."""
+    found = _read(open_storage(folder), "row.json") or {}
+    policy, mode = found.get("policy"), found.get("mode")
+    return f"{policy}, {mode}" if isinstance(policy, str) and isinstance(mode, str) else ""
 
 
 def _marked(folder: Path) -> bool:

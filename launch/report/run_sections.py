@@ -21,7 +21,7 @@ from launch.report.sections import pool, row_title, usd
 from launch.report.settings import as_yaml, command, text_without_secrets, without_secrets
 
 _STUDENT_ROWS = ("student_self_consistent", "student")
-_COMMANDS = {Kind.DISTILL: "distill", Kind.COLLECT: "collect"}
+_COMMANDS = {Kind.DISTILL: "distill", Kind.COLLECT: "collect", Kind.EVALUATE: "evaluate"}
 
 
 def heading(figures: Figures) -> Markup:
@@ -216,9 +216,15 @@ def _row(figures: Figures, row: str) -> Score | None:
 
 
 def _facts(config: Mapping[str, Any], figures: Figures) -> list[tuple[str, object]]:
-    facts: list[tuple[str, object]] = [("recipe", str(config.get("recipe", "")))]
+    facts: list[tuple[str, object]] = []
+    if config.get("recipe"):
+        facts.append(("recipe", str(config["recipe"])))
+    if isinstance(config.get("policy"), Mapping):
+        facts.append(("policy", _policy(config["policy"])))
+        facts.append(("modes", ", ".join(map(str, config.get("modes") or []))))
     teachers = [each.get("teacher", {}) for each in config.get("teachers") or []] or [config.get("teacher") or {}]
-    facts.append(("teacher", "; ".join(_policy(each) for each in teachers)))
+    if teachers != [{}]:
+        facts.append(("teacher", "; ".join(_policy(each) for each in teachers)))
     learner = config.get("learner")
     if isinstance(learner, Mapping):
         base = learner.get("model_path")
@@ -240,9 +246,13 @@ def _facts(config: Mapping[str, Any], figures: Figures) -> list[tuple[str, objec
     how += f", {episode['candidates']} candidates a step" if (episode.get("candidates") or 1) > 1 else ""
     how += ", first-thought prefix" if episode.get("first_thought") else ""
     facts.append(("episodes", how))
-    facts.append(("seeds", f"run {config.get('seed')}, episodes {episode.get('seed')}, "
-                  f"learner {learner.get('seed') if isinstance(learner, Mapping) else '–'}, "
-                  f"world {(config.get('tasks') or {}).get('seed')}"))  # fmt: skip
+    seeds = {
+        "run": config.get("seed"),
+        "episodes": episode.get("seed"),
+        "world": (config.get("tasks") or {}).get("seed"),
+    }
+    seeds["learner"] = learner.get("seed") if isinstance(learner, Mapping) else None
+    facts.append(("seeds", ", ".join(f"{name} {seed}" for name, seed in seeds.items() if seed is not None)))
     return [(name, text_without_secrets(str(value))) for name, value in facts]
 
 
@@ -258,6 +268,9 @@ def _policy(spec: Mapping[str, Any]) -> str:
 
 def _world(config: Mapping[str, Any]) -> str:
     tasks = config.get("tasks") or {}
+    benchmark = (config.get("benchmark") or {}).get("name")
+    if benchmark:
+        return f"benchmark {benchmark}"
     if tasks.get("source") == "starter":
         train, test = tasks.get("train_count"), tasks.get("test_count")
         return f"starter world {tasks.get('seed')}: {train} tasks to learn from, {test} of each kind held out"

@@ -25,7 +25,7 @@ from launch.report.charts import (
     span_chart,
     stacked_bar,
 )
-from launch.report.figures import Figures
+from launch.report.figures import Figures, recorded_scores
 from launch.report.ledger_figures import LENGTH_LABELS, Cell, LedgerFigures, Tally
 from launch.report.markup import Markup, clipped, details, joined, table, tag
 from launch.report.run_files import Kind, Role
@@ -68,16 +68,19 @@ def scores(figures: Figures) -> Markup:
     far = ""
     if figures.scored == "ledgers" and figures.files.kind in (Kind.DISTILL, Kind.EVALUATE):
         far = " Not every evaluation has ended: this is what is recorded so far."
+    averages = _averages(figures)
     order = list(rows)
     colour = {row: at for at, row in enumerate(order)}
     shown = kinds[:_MOST_KINDS]
-    head = ["policy", *(kind.replace("_", " ") for kind in shown), *(["all"] if len(kinds) > 1 else [])]
+    last = list(dict.fromkeys(name for each in averages.values() for name in each)) or ["all tasks"]
+    last = last if len(kinds) > 1 else []
+    head = ["policy", *(kind.replace("_", " ") for kind in shown), *last]
     body = []
     for row in order[:_MOST_ROWS]:
         cells: list[object] = [row_title(row)]
         cells += [_score_cell(rows[row].get(kind), colour[row]) for kind in shown]
-        if len(kinds) > 1:
-            cells.append(_score_cell(pooled[row], colour[row]))
+        beside = averages.get(row, {}) if averages else {"all tasks": pooled[row]}
+        cells += [_score_cell(beside.get(name), colour[row]) for name in last]
         body.append(cells)
     charted = order[:_CHARTED]
     groups = [
@@ -90,9 +93,71 @@ def scores(figures: Figures) -> Markup:
             tag("p", f"Success on {what}, with 95% intervals.{far}", class_="intro"),
             table(head, body, numeric=range(1, len(head)), class_="scores"),
             rate_chart(groups, unit=what) if len(kinds) * len(rows) > 1 else "",
+            _comparisons(figures),
+            _several_runs(figures),
             _watched(figures),
         ]
     )
+
+
+def _averages(figures: Figures) -> dict[str, dict[str, Score]]:
+    """Over kinds that count the same, as an evaluation gives them: row -> name -> average."""
+    found = recorded_scores((figures.files.results or {}).get("averages"))
+    return {row: each for row, each in found.items() if row in figures.scores}
+
+
+def _comparisons(figures: Figures) -> Markup:
+    """Every two rows on the tasks that both did, where an evaluation tested them."""
+    rows: list[list[object]] = []
+    pairs = (figures.files.results or {}).get("pairs")
+    for pair in pairs if isinstance(pairs, list) else []:
+        try:
+            test = pair["test"]
+            difference, low, high = (100 * float(test[name]) for name in ("difference", "low", "high"))
+            rows.append(
+                [
+                    f"{row_title(str(pair['first']))} less {row_title(str(pair['second']))}",
+                    f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
+                    f"{int(test['n']):,}",
+                    f"{int(test['first_better']):,}",
+                    f"{int(test['second_better']):,}",
+                    f"{float(test['p_value']):.3g}",
+                    f"{float(pair['holm_p']):.3g}",
+                ]
+            )
+        except (KeyError, TypeError, ValueError):
+            continue
+    if not rows:
+        return Markup("")
+    head = ["on the same tasks", "difference, % points", "tasks", "first better", "second better", "p", "p, Holm"]
+    return joined(
+        [
+            tag("h3", "Are they different?"),
+            tag("p", "Paired tests: McNemar's exact one for right or wrong, else by permutation. Holm's p is adjusted "
+                "for the number of pairs.", class_="intro"),
+            table(head, rows[:_MOST_ROWS], numeric=range(1, 7)),
+        ]
+    )  # fmt: skip
+
+
+def _several_runs(figures: Figures) -> Markup:
+    """pass@k and mean@n, where tasks were run several times."""
+    rows: list[list[object]] = []
+    ks: list[str] = []
+    found = (figures.files.results or {}).get("rows")
+    for name, row in found.items() if isinstance(found, Mapping) else ():
+        passes = recorded_scores({"row": row.get("pass_at_k")}).get("row", {}) if isinstance(row, Mapping) else {}
+        if passes:
+            ks += [k for k in passes if k not in ks]
+            mean = recorded_scores({"row": {"mean": row.get("mean_at_n")}}).get("row", {}).get("mean")
+            rows.append([row_title(str(name)), _score_cell(mean, 0), *(_score_cell(passes.get(k), 0) for k in ks)])
+    if not rows:
+        return Markup("")
+    head = ["policy", "mean@n", *(f"pass@{k}" for k in ks)]
+    return joined(
+        [tag("h3", "Over several runs of each task"),
+         table(head, [[*row, *[""] * (len(head) - len(row))] for row in rows], numeric=range(1, len(head)))]
+    )  # fmt: skip
 
 
 def pool(cells: object) -> Score | None:

@@ -48,16 +48,16 @@ def write_report(place: str | Path, out: str | Path | None = None, data: str | P
 def reported(place: str | Path, *, say: Callable[[str], None] = print) -> Iterator[None]:
     """Around a job on a run's folder or bucket: leaves its report however it ends. Raises nothing of its own.
 
-    It goes around the job's view, so that `status.json` says already how it ended. A run whose results and report are
-    there before is left as it is when the job ends well.
+    It goes around the job's view, so that `status.json` says already how it ended. A report is left as it is when the
+    job ends well and gave no new results.
     """
-    whole = _is_whole(place)
+    before = _results_ns(place)
     try:
         yield
     except BaseException:
         leave_report(place, say=say)
         raise
-    if not whole:
+    if before is None or before != _results_ns(place):
         leave_report(place, say=say)
 
 
@@ -90,11 +90,14 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _is_whole(place: str | Path) -> bool:
-    storage = open_storage(place)
-    if not isinstance(storage, FolderStorage):
-        return False
-    return (Path(place) / "results.json").is_file() and (Path(place) / REPORT).is_file()
+def _results_ns(place: str | Path) -> int | None:
+    """When the results that a report is beside were written; None where either is missing."""
+    if not isinstance(open_storage(place), FolderStorage) or not (Path(place) / REPORT).is_file():
+        return None
+    try:
+        return (Path(place) / "results.json").stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 __all__ = ["REPORT", "ReportError", "leave_report", "reported", "write_report"]
