@@ -22,7 +22,7 @@ from envs.base import Task
 from launch.evaluation_summary import Summary, summarize
 from launch.intervals import Score, average, mean_score
 from launch.pass_at_k import ks, pass_at_k
-from launch.significance import PairedTest, holm, paired_test
+from launch.significance import PairedTest, holm, paired_average, paired_test
 from rollout.ledger import Ledger
 from rollout.run_vote import vote_runs
 
@@ -174,6 +174,7 @@ class Pair:
     first: str
     second: str
     test: PairedTest
+    """Of benchmarks, of their average; else over all tasks."""
     holm_p: float
     """The p-value, adjusted for the number of pairs that are looked at together."""
     kinds: dict[str, PairedTest]
@@ -183,8 +184,8 @@ class Pair:
         return asdict(self)
 
 
-def pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Every two rows that share tasks."""
+def pairs(rows: Sequence[Row], domains: Mapping[str, str] | None = None) -> list[Pair]:
+    """Every two rows that share tasks. With `domains`, of benchmarks that count the same."""
     found: list[tuple[Row, Row, PairedTest, dict[str, PairedTest]]] = []
     for first, second in combinations(rows, 2):
         shared = sorted(first.results.keys() & second.results.keys())
@@ -194,7 +195,10 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
         by_kind = {
             kind: _test(first, second, [task for task in shared if first.results[task].kind == kind]) for kind in kinds
         }
-        found.append((first, second, _test(first, second, shared), by_kind if len(kinds) > 1 else {}))
+        whole = _test(first, second, shared)
+        if domains:
+            whole = paired_average([_values(first, second, shared, kind) for kind in kinds])
+        found.append((first, second, whole, by_kind if len(kinds) > 1 else {}))
     adjusted = holm([test.p_value for _, _, test, _ in found])
     return [
         Pair(first=first.name, second=second.name, test=test, holm_p=p, kinds=by_kind)
@@ -205,6 +209,11 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
 def keys_of(tasks: Iterable[Task], key: Any, runs: int) -> dict[str, Task]:
     """`key(task_id, sample)` of each run of each task -> the task."""
     return {key(task.id, sample): task for task in tasks for sample in range(runs)}
+
+
+def _values(first: Row, second: Row, tasks: Sequence[str], kind: str) -> tuple[list[float], list[float]]:
+    of_kind = [task for task in tasks if first.results[task].kind == kind]
+    return [first.results[task].value for task in of_kind], [second.results[task].value for task in of_kind]
 
 
 def _test(first: Row, second: Row, tasks: Sequence[str]) -> PairedTest:

@@ -17,8 +17,9 @@ from rich.text import Text
 from launch.evaluation_rows import AVERAGE, Row, pairs
 from launch.intervals import Score
 
-_ROWS_A_TABLE = 4
+_ROWS_A_TABLE = 3
 """Policies beside one another; more go into a further table."""
+_CELL = len("100.0 [100.0, 100.0]")
 _NUMBERS = ("difference, %", "better\n1st : 2nd", "p", "tasks")
 
 
@@ -30,16 +31,16 @@ def tables(rows: Sequence[Row], *, domains: Mapping[str, str]) -> Iterator[Table
     if any(row.pass_at() for row in rows):
         yield pass_table(rows)
     if len(rows) > 1:
-        yield pair_table(rows)
+        yield pair_table(rows, domains=domains)
 
 
 def score_table(rows: Sequence[Row], *, domains: Mapping[str, str]) -> Table:
     """A line for each kind of task and each average, a column for each row."""
-    table = _table("score, % [95% interval]", "tasks", [row.name for row in rows])
+    table = _table("score, % [95% interval]", "tasks", [row.name for row in rows], widest=_CELL)
     kinds = list(dict.fromkeys([*domains, *(kind for row in rows for kind in row.kinds)]))
     scores = [row.scores() for row in rows]
     for kind in kinds:
-        name = f"{kind} ({domains[kind]}-domain)" if kind in domains else kind.replace("_", " ")
+        name = f"{kind} ({domains[kind]})" if kind in domains else kind.replace("_", " ")
         table.add_row(Text(name), *(_cell(each.get(kind)) for each in scores))
     averages = [row.averages(domains) for row in rows]
     names = list(dict.fromkeys(name for each in averages for name in each))
@@ -89,21 +90,23 @@ def pass_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def pair_table(rows: Sequence[Row]) -> Table:
+def pair_table(rows: Sequence[Row], *, domains: Mapping[str, str]) -> Table:
     """Every two rows on the tasks that both have."""
+    found = pairs(rows, domains)
     table = _table(
-        "do they differ on the same tasks?", "first", ["second", "tasks", "better\n1st : 2nd", "difference, %", "p"],
+        "do they differ on the same tasks?" + " (average of the sets)" * bool(domains), "first",
+        ["second", "tasks", "better\n1st : 2nd", "difference, %", "p"],
         minimum=14,
     )  # fmt: skip
     several = len(rows) > 2
     if several:
         table.add_column("Holm's p", justify="right", no_wrap=True)
-    methods = {each.test.method for each in pairs(rows)}
+    methods = {each.test.method for each in found}
     named = {"mcnemar": "McNemar's exact test", "permutation": "permutation test"}
     caption = f"p: {' or '.join(named[method] for method in sorted(methods))}, two-sided"
     table.caption = caption + ("; Holm's: adjusted for the number of pairs" if several else "")
     table.caption_justify = "left"
-    for each in pairs(rows):
+    for each in found:
         test = each.test
         cells = [
             f"{test.n:,}",
@@ -116,12 +119,13 @@ def pair_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _table(title: str, first: str, columns: Sequence[str], *, minimum: int = 10) -> Table:
+def _table(title: str, first: str, columns: Sequence[str], *, minimum: int = 10, widest: int | None = None) -> Table:
+    """`widest`: characters of a number, which is not broken."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(Text(first), overflow="fold", min_width=minimum)
     for column in columns:
         # Numbers are not broken; the names of policies may be.
-        table.add_column(Text(column), justify="right", overflow="fold", no_wrap=column in _NUMBERS)
+        table.add_column(Text(column), justify="right", overflow="fold", no_wrap=column in _NUMBERS, min_width=widest)
     return table
 
 

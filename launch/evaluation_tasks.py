@@ -56,8 +56,8 @@ def load_tasks_of(config: EvaluationConfig, index: Path) -> EvaluationWorld:
     else:
         _check_judge(config)
     counts = Counter(task.kind for task in test)
-    notes = [
-        f"{each.kind}: {counts[each.kind]} questions, not the paper's {each.count}"
+    fewer = [
+        f"{each.kind} {counts[each.kind]} of {each.count}"
         for each in benchmark.sets
         if found and counts[each.kind] < each.count
     ]
@@ -66,7 +66,7 @@ def load_tasks_of(config: EvaluationConfig, index: Path) -> EvaluationWorld:
         jobs=jobs,
         retrievers={mode: world.retriever for mode, world in worlds.items()},
         domains={each.kind: each.domain for each in benchmark.sets} if found else {},
-        notes=notes,
+        notes=[f"fewer questions than the benchmark has: {', '.join(fewer)}"] if fewer else [],
     )
 
 

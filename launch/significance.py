@@ -5,6 +5,7 @@
   for paired proportions (method 10, https://doi.org/10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C).
 - `paired_bootstrap`: any numbers. The interval is a bootstrap over tasks; the p-value is a sign-flip permutation test
   (Fisher 1935): how often is the mean difference as large when each task's difference may have either sign.
+- `paired_average`: means over benchmarks, each counting the same.
 - `holm`: p-values of several tests, so that one of many is not found significant by chance alone (Holm 1979).
 
 Example::
@@ -89,6 +90,33 @@ def paired_test(first: Sequence[float], second: Sequence[float], *, seed: int = 
     return paired_bootstrap(first, second, seed=seed)
 
 
+def paired_average(sets: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> PairedTest:
+    """Of the means over sets of tasks, each set counting the same. `sets`: (first, second) of each, a number a task.
+
+    The interval is those of the sets, squared and added as in `launch.intervals.average`; the p-value is a sign-flip
+    test in which a task of a small set weighs more. Raises `ValueError` for no set, or one without tasks.
+    """
+    if not sets:
+        raise ValueError("an average needs at least one set of tasks")
+    tests = [paired_test(first, second, seed=seed) for first, second in sets]
+    difference = sum(test.difference for test in tests) / len(tests)
+    below = math.sqrt(sum((test.difference - test.low) ** 2 for test in tests)) / len(tests)
+    above = math.sqrt(sum((test.high - test.difference) ** 2 for test in tests)) / len(tests)
+    weighted = [
+        (float(a) - float(b)) / len(first) for first, second in sets for a, b in zip(first, second, strict=True)
+    ]
+    return PairedTest(
+        method="permutation",
+        n=sum(test.n for test in tests),
+        first_better=sum(test.first_better for test in tests),
+        second_better=sum(test.second_better for test in tests),
+        difference=difference,
+        low=max(-1.0, difference - below),
+        high=min(1.0, difference + above),
+        p_value=_sign_flips(weighted, seed),
+    )
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values in the same order: compare them with the level as they are."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -139,11 +167,12 @@ def _sign_flips(differences: Sequence[float], seed: int) -> float:
     import numpy
 
     values = numpy.asarray([each for each in differences if abs(each) > _EQUAL], dtype=numpy.float64)
+    # The float sums of two arrangements that are equal may differ in their last digits.
     if not len(values):
         return 1.0
     random = numpy.random.default_rng(seed)
     rows = max(1, _AT_ONCE // len(values))
-    measured = abs(float(values.sum())) - _EQUAL
+    measured = abs(float(values.sum())) - 1e-9 * float(numpy.abs(values).sum())
     as_large = 0
     for done in range(0, RESAMPLES, rows):
         signs = random.integers(0, 2, size=(min(rows, RESAMPLES - done), len(values)), dtype=numpy.int8) * 2 - 1
