@@ -71,13 +71,14 @@ def _run(config: EvaluationConfig, folder: EvaluationFolder, world: EvaluationWo
     from rich.console import Console
 
     from launch.evaluation_job import EvaluationJobError, run_evaluation_job
-    from launch.live import LiveView
+    from launch.live_views import evaluation_view
     from launch.report import reported
 
-    view = LiveView(Console(file=sys.stderr, highlight=False, soft_wrap=True)) if as_json else LiveView()
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True) if as_json else None
+    view = evaluation_view(config, folder.path, console)
     say = partial(print, file=sys.stderr) if as_json else print
     try:
-        with folder.claim(config) as found, reported(folder.path, say=say):
+        with folder.claim(config) as found, reported(folder.path, say=say), view:
             view.say(f"evaluation {folder.path}: {config.label}, {len(world.tasks):,} tasks" + " (goes on)" * found)
             outcome = run_evaluation_job(config, folder, world, view)
     except ValueError as error:

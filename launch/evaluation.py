@@ -20,6 +20,7 @@ from launch.config import DistillConfig
 from launch.evaluation_modes import OLD_NAMES
 from launch.intervals import Score, score
 from launch.live import LiveView
+from launch.spending import JobMeter
 from launch.wiring import Environments, start_evaluation
 from rollout.collector import Collection, Weights
 from rollout.early_exit import EarlyExit
@@ -97,19 +98,27 @@ def run_evaluation(
         config, environments, workers, tasks, policy=policy, settings=settings, ledger=ledger, weights=weights,
         samples=samples,
     )  # fmt: skip
-    watch_evaluation(collection, view, title)
-    return ledger_scores(ledger, tasks)
+    watch_evaluation(collection, view, title, policy=policy)
+    scores = ledger_scores(ledger, tasks)
+    view.scored(title, scores)
+    return scores
 
 
-def watch_evaluation(collection: Collection, view: LiveView, title: str) -> None:
-    """Until it ends, and is closed. Raises `EvaluationError` when it stops before that."""
+def watch_evaluation(
+    collection: Collection, view: LiveView, title: str, *, policy: str = "", meter: JobMeter | None = None
+) -> None:
+    """Until it ends, and is closed; `policy`: who acts; `meter`: what it costs.
+
+    Raises `EvaluationError` when it stops before that.
+    """
     try:
         with view.stage(title):
             finished = False
             while not finished:
                 finished = collection.poll(timeout_s=0.5)
                 progress = collection.progress()
-                view.update(episodes=progress, last=finished)
+                spent = meter.snapshot() if meter is not None else None
+                view.update(episodes=progress, by_policy={policy: progress}, spent=spent, last=finished)
                 if progress.stopped:
                     raise EvaluationError(progress.stopped)
     finally:

@@ -33,7 +33,7 @@ def _figures(status: JobStatus) -> dict[str, str]:
         shown["spent"] = str(status.spent)
     if stage is not None and (notes := stage.notes):
         shown["waits"] = "; ".join(printable(note, 100) for note in notes)
-    shown |= {name: printable(value) for name, value in status.figures.items()}
+    shown |= {printable(name): printable(value) for name, value in status.figures.items()}
     if known := [each for each in left_s if each]:
         shown["left"] = duration(max(known))
     return shown

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderResult
 from rich.text import Text
 
 from launch.live_drawing import bar, clock, count, duration, loss_of, per_cent, sparkline
@@ -63,7 +64,7 @@ class Screen:
             draw.width = width // 2 - 2
             left, right = list(draw.rollouts(stage)), list(draw.learning())
             draw.width = width
-        top = [_Line(self._title(width), ALWAYS), *draw.stages()]
+        top = [_Line(self._title(width, draw.overflow), ALWAYS), *draw.stages()]
         bottom = [*draw.rest(), *self._lines_said(width)]
         if side_by_side:
             left, right = _fitted(left, height - len(top) - 2), _fitted(right, height - len(top) - 2)
@@ -78,11 +79,11 @@ class Screen:
         whole = top + (gap if middle else []) + middle + (gap if bottom else []) + bottom
         texts = [line.text for line in _fitted(whole, height)]
         for text in texts:
-            text.truncate(width, overflow="ellipsis")
+            text.truncate(width, overflow="crop" if ascii_only else "ellipsis")
             text.no_wrap = True
         return texts
 
-    def _title(self, width: int) -> Text:
+    def _title(self, width: int, overflow: OverflowMethod) -> Text:
         status = self._status
         running = status.state == "running"
         elapsed_s = (self._now_s if running else status.updated_unix_s) - status.started_unix_s
@@ -94,13 +95,14 @@ class Screen:
         name = Text.assemble((printable(status.run) or "job", "bold"), "  ", (printable(status.job), ""))
         if status.note:
             name.append(f"  {printable(status.note)}", style="dim")
-        name.truncate(max(1, width - state.cell_len - 2), overflow="ellipsis")
+        name.truncate(max(1, width - state.cell_len - 2), overflow=overflow)
         return Text.assemble(name, " " * max(1, width - name.cell_len - state.cell_len), state)
 
     def _lines_said(self, width: int) -> Iterator[_Line]:
         status = self._status
         if status.error:
-            yield _Line(Text(f"! {printable(status.error)}", style="bold red"), ALWAYS)
+            for i, line in enumerate(wrap(printable(status.error), max(20, width - 2))):
+                yield _Line(Text(("  " if i else "! ") + line, style="bold red"), SOME if i else ALWAYS)
         others = [each for each in status.said if not each.warning][-5:] if self._watched else []
         shown = sorted([*status.warnings[-3:], *others], key=lambda each: each.unix_s)
         for each in shown:
@@ -113,6 +115,7 @@ class Screen:
 class _Drawing:
     def __init__(self, status: JobStatus, width: int, ascii_only: bool) -> None:
         self.status, self.width, self.ascii = status, width, ascii_only
+        self.overflow: OverflowMethod = "crop" if ascii_only else "ellipsis"
 
     # -- stages
 
@@ -167,7 +170,9 @@ class _Drawing:
         if seen.found:
             ok.append(f"   {count(seen.found)} found of earlier jobs", style="dim")
         if seen.failed:
-            classes = ", ".join(f"{name} {count(n)}" for name, n in sorted(seen.failures.items(), key=lambda x: -x[1]))
+            classes = ", ".join(
+                f"{printable(name)} {count(n)}" for name, n in sorted(seen.failures.items(), key=lambda x: -x[1])
+            )
             ok.append(f"   {count(seen.failed)} failed", style="red").append(f": {classes}")
         yield self._line("episodes", ok)
         answered = seen.recorded - seen.failed
@@ -216,7 +221,7 @@ class _Drawing:
         yield self._curve("loss", at.loss, self.status.trails.get("all", ()), at.accuracy, MUCH)
         for span, loss in at.loss_by_span.items():
             trail = self.status.trails.get(span, ())
-            yield self._curve(f"  {span}", loss, trail, at.accuracy_by_span.get(span), SOME)
+            yield self._curve(f"  {printable(span, 40)}", loss, trail, at.accuracy_by_span.get(span), SOME)
         if at.validation_loss is not None:
             held = f"{loss_of(at.validation_loss)}"
             if at.validation_accuracy is not None:
@@ -280,7 +285,7 @@ class _Drawing:
         value = Text(value) if isinstance(value, str) else value
         text = Text.assemble("  ", (f"{printable(name, 40) if name.strip() == name else name:<{LABEL}}", "bold"), value)
         if self.width > 0:
-            text.truncate(self.width, overflow="ellipsis")
+            text.truncate(self.width, overflow=self.overflow)
         return _Line(text, matters)
 
 

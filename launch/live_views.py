@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from launch.collect_folder import CollectFolder
 from launch.config import CollectConfig, DistillConfig
+from launch.evaluation_config import EvaluationConfig
 from launch.live import ALL, LiveView, StatusSink
 from launch.live_file import StatusFile, began_before
 from launch.live_ray_metrics import RayMetrics
@@ -45,11 +48,11 @@ def collect_view(config: CollectConfig, folder: CollectFolder) -> LiveView:
     )  # fmt: skip
 
 
-def evaluation_view(folder: Path, *, note: str = "") -> LiveView:
+def evaluation_view(config: EvaluationConfig, folder: Path, console: Console | None = None) -> LiveView:
     """Of `launch/evaluate.py`; `folder`: where its ledgers are."""
     return LiveView(
-        job="evaluate", run=folder.name, folder=str(folder), note=note, began_unix_s=began_before(folder),
-        sinks=[StatusFile(folder), RayMetrics()],
+        console, job="evaluate", run=config.label, folder=str(folder), note=f"seed {config.seed}",
+        began_unix_s=began_before(folder), sinks=[StatusFile(folder), RayMetrics()],
     )  # fmt: skip
 
 
