@@ -1,17 +1,20 @@
 """Do the graders agree with labelled cases, and how long do they take?
 
 python benchmarks/graders.py --data tests/data/grader_cases
-python benchmarks/graders.py --data FOLDER --check
+python benchmarks/graders.py --data FOLDER --part speed --check
 
 `--data` is a file or a folder with `cases.jsonl` of mathematical answers (`gold`, `pred`, `expected`, `source`); below
 or beside it, runs of FireAct (`fireact_hotpotqa_dev_*.json`, with the exact match and F1 of its authors) are used too.
-The peer is math-verify as it comes, on the same cases.
+The peer is math-verify as it comes, on the same cases. Part `speed` grades 10,000 answers of many kinds on two cores,
+one in fifty of them made to hang or break a grader (`grader_answers.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections import defaultdict
@@ -24,13 +27,16 @@ if not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import scoreboard
+from benchmarks.grader_answers import make_answers
 from benchmarks.scoreboard import Row
 from envs.base import Task
-from envs.grading import exact, f1
-from envs.grading_math import MathGrader, MathSpec
+from envs.grading import exact, f1, grade_many
+from envs.grading_math import MathGrader, MathSpec, configure_math
 
 AGREEMENT = 0.97
 BOMBS = ("9^{9^{9^9}}", "9**9**9**9", "$" + r"\frac{1}{" * 300 + "1" + "}" * 300 + "$", "(" * 50_000)
+PARTS = ("agreement", "speed")
+ANSWERS, CORES, SPEED_GOAL_S = 10_000, 2, 60.0
 _SHOWN_CHARS = 100
 
 
@@ -41,7 +47,7 @@ def mathematical(path: Path) -> Iterator[Row]:
     wall_s: list[float] = []
     wrong: list[dict[str, Any]] = []
     with MathGrader() as grader:
-        grader.equal("2", "4/2")  # starts the process
+        grader.equal("x", "x+0")  # starts the process
         for case in cases:
             started = time.perf_counter()
             agrees = grader.equal(case["gold"], case["pred"]) == case["expected"]
@@ -103,7 +109,7 @@ def factual(path: Path) -> Iterator[Row]:
 def bombs() -> Iterator[Row]:
     """The longest that an answer made to hang takes."""
     with MathGrader(MathSpec(cpu_s=2)) as grader:
-        grader.equal("2", "4/2")
+        grader.equal("x", "x+0")
         wall_s = []
         for bomb in BOMBS:
             started = time.perf_counter()
@@ -117,6 +123,48 @@ def bombs() -> Iterator[Row]:
         goal=f"<= {limit_s + 1:g}",
         kept=max(wall_s) <= limit_s + 1,
     )
+
+
+def speed(data: Path | None) -> Iterator[Row]:
+    """The time of grading many answers, and whether the odd ones among them fool the grader."""
+    answers = make_answers(data, count=ANSWERS)
+    spec = MathSpec(processes=CORES)
+    with _on_cores(CORES):
+        grader = configure_math(spec)
+        started = time.perf_counter()
+        pairs = ((answer.task, answer.prediction) for answer in answers)
+        scores = list(grade_many(pairs, at_once=CORES))
+        wall_s = time.perf_counter() - started
+        stats = grader.stats()
+        grader.close()
+    odd = [i for i, answer in enumerate(answers) if answer.source == "pathological"]
+    fooled = [i for i in odd if scores[i]]
+    wrong = [i for i, answer in enumerate(answers) if answer.expected is not None and scores[i] != answer.expected]
+    for i in wrong:
+        print(f"unexpected {scores[i]:g}: {_short(answers[i].task.answer)} | {_short(answers[i].prediction)}")
+    yield Row(
+        what=f"{ANSWERS:,} answers, {len(odd)} of them pathological, {CORES} cores",
+        measured=wall_s,
+        unit="s",
+        goal=f"< {SPEED_GOAL_S:g}",
+        kept=wall_s < SPEED_GOAL_S,
+    )
+    yield Row(what="pathological ones taken for right", measured=len(fooled), goal="0", kept=not fooled)
+    certain = sum(answer.expected is not None for answer in answers)
+    yield Row(what="graded as their making says", measured=_share(1 - len(wrong) / certain, certain))
+    for name, value in stats.items():
+        yield Row(what=f"math grader, {name}", measured=value)
+
+
+@contextlib.contextmanager
+def _on_cores(count: int) -> Iterator[None]:
+    """At most so many of the machine's cores, for this process and those that it starts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _times(what: str, wall_s: list[float]) -> Iterator[Row]:
@@ -145,16 +193,21 @@ def _find(data: Path, pattern: str) -> Path | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = scoreboard.arguments(__doc__)
     parser.add_argument("--data", type=Path, default=Path("tests/data/grader_cases"), help="labelled cases")
+    parser.add_argument("--part", choices=PARTS, help="only this one of them (default: all)")
     options = parser.parse_args(arguments)
     cases = _find(options.data, "cases.jsonl")
     if cases is None:
         print(f"error: {options.data} holds no cases.jsonl", file=sys.stderr)
         return 2
-    rows = list(mathematical(cases))
-    runs = _find(options.data, "fireact_hotpotqa_dev_*.json")
-    if runs is not None:
-        rows += factual(runs)
-    rows += bombs()
+    rows: list[Row] = []
+    if options.part in (None, "agreement"):
+        rows += mathematical(cases)
+        runs = _find(options.data, "fireact_hotpotqa_dev_*.json")
+        if runs is not None:
+            rows += factual(runs)
+        rows += bombs()
+    if options.part in (None, "speed"):
+        rows += speed(cases.resolve().parent.parent)
     return scoreboard.publish(rows, options, title="graders against labelled cases")
 
 

@@ -8,8 +8,11 @@
 | `math` | symbolically equal (`grading_math.py`: math-verify in a sandboxed process with a deadline) |
 | `judge` | an LLM says so (`judge.py`); needs `configure_judge` in this process first |
 
-The first three are pure functions. SQuAD: https://arxiv.org/abs/1606.05250, `evaluate-v1.1.py`. HotpotQA:
-https://arxiv.org/abs/1809.09600, `hotpot_evaluate_v1.py`.
+A prediction may be a megabyte of anything: `exact` and `f1` read none that is longer than 50,000 characters, `numeric`
+reads 400, `math` the last 16,000.
+
+The first three are pure functions; `grade_many` grades a whole ledger. SQuAD: https://arxiv.org/abs/1606.05250,
+`evaluate-v1.1.py`. HotpotQA: https://arxiv.org/abs/1809.09600, `hotpot_evaluate_v1.py`.
 
 Example::
 
@@ -20,8 +23,9 @@ from __future__ import annotations
 
 import re
 import string
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 
 from envs.base import Task
@@ -34,6 +38,9 @@ NUMERIC_TOLERANCE = 1e-4
 """Relative; for answers that are no integers, which predictions round."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LONGEST_TEXT_CHARS = 50_000
+"""Of a prediction to `exact` and `f1`; what is longer is no answer to a question, and wrong."""
+_AHEAD = 1024
 _WHOLE_ANSWERS = {"yes", "no", "noanswer"}
 _LONGEST_NUMBER_CHARS = 400
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
@@ -48,10 +55,14 @@ def normalise(text: str) -> str:
 
 
 def exact(task: Task, prediction: str) -> float:
+    if len(prediction) > _LONGEST_TEXT_CHARS:
+        return 0.0
     return float(any(_equal(answer, prediction) for answer in (task.answer, *task.aliases)))
 
 
 def f1(task: Task, prediction: str) -> float:
+    if len(prediction) > _LONGEST_TEXT_CHARS:
+        return 0.0
     return max(_f1(answer, prediction) for answer in (task.answer, *task.aliases))
 
 
@@ -91,6 +102,30 @@ def grade(task: Task, prediction: str) -> float:
     sandbox, no judge), never for a prediction.
     """
     return GRADERS[task.grader](task, prediction)
+
+
+def grade_many(answers: Iterable[tuple[Task, str | None]], *, at_once: int = 2) -> Iterator[float]:
+    """Scores in order, each as `grade` gives it; 0 where there is no prediction.
+
+    At most `at_once` are graded at a moment: as many as the math grader has processes, or as the judge's endpoint
+    likes. One that takes long holds up only itself. `answers` is read at most 1,024 ahead. Raises as `grade` does.
+    """
+    waiting: deque[Future[float]] = deque()
+    with ThreadPoolExecutor(at_once, thread_name_prefix="grade") as threads:
+        try:
+            for task, prediction in answers:
+                waiting.append(threads.submit(_grade_if_any, task, prediction))
+                if len(waiting) >= _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _grade_if_any(task: Task, prediction: str | None) -> float:
+    return 0.0 if prediction is None else grade(task, prediction)
 
 
 def number(text: str) -> Fraction | None:

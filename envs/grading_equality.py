@@ -1,9 +1,10 @@
 r"""Are two mathematical answers equal? The program that `grading_math.py` runs inside the sandbox, and nowhere else.
 
-An answer comes as LaTeX, as a whole solution with a box, as a Python value (`3*sqrt(2)`, `[1, -1]`, `6.72e-05`, which
-is what agents that write code give), or in prose. Each reading that a text allows is compared with each of the other's
-by math-verify (https://github.com/huggingface/Math-Verify), after plain text and plain numbers, which are decided here.
+It is asked where `grading_plain.py` is not certain. An answer comes as LaTeX, as a whole solution with a box, as a
+Python value (`3*sqrt(2)`, `[1, -1]`, which is what agents that write code give), or in prose. Each reading that a text
+allows is compared with each of the other's by math-verify (https://github.com/huggingface/Math-Verify).
 Python syntax is read by `ast` and built from a short list of functions: nothing a model wrote is evaluated.
+Readings whose value nobody could write out (`grading_size.py`) are equal only when they are built alike.
 
 Example::
 
@@ -13,36 +14,51 @@ Example::
 """
 
 import ast
+import functools
 import logging
 import re
-from fractions import Fraction
 from typing import Any
 
 import sympy
-from math_verify import LatexExtractionConfig, parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from envs.grading_plain import bare, boxed_or_whole, number, without_text_commands
+from envs.grading_size import is_too_large, settled
 
 logging.disable(logging.CRITICAL)  # math-verify tells of each text that it cannot parse
+sympy.binomial = functools.partial(sympy.binomial, evaluate=False)  # like all else that math-verify parses
 
-_DEEPEST_NESTING = 48
+_DEEPEST_NESTING = 10
+"""Of brackets of any kind on one line; the parser's time doubles with each."""
 _LONGEST_EXPRESSION_CHARS = 2000
-_RELATIVE_TOLERANCE = Fraction(1, 10**6)
-_LARGEST_EXPONENT = 4000
-_LONGEST_NUMBER_CHARS = 400
+_LARGEST_ARGUMENT = 4000
+_MOST_ARGUMENTS = 16
 
 _MARKUP = re.compile(r"\$|\\boxed|\\fbox|\\\(|\\\[")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[!,;: ]|\\q?quad\b|~|\s+")
-_DROPPED = re.compile(r"\\left\b|\\right\b|\\displaystyle\b|\^\s*\{?\s*\\circ\s*\}?|\\\$|\\(?=[%{}])")
 _CALL = re.compile(r"[A-Za-z_]\w*\(")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
-_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _CURRENCIES = "$\u20ac\u00a3\u00a5\u20b9"
 _QUANTITY = re.compile(  # 1,000.99m², 1 000, 3.5 kg, 1,22
-    rf"[{_CURRENCIES}]?\s*-?\d*(?:[ ,]\d+)*(?:\.\d+)?\s*[A-Za-z%/\u00b0\u00b2\u00b3\u00b5{_CURRENCIES}]{{0,12}}"
+    rf"[{_CURRENCIES}]? ?-?\d*(?:[ ,]\d+)*(?:\.\d+)?\s*[A-Za-z%/\u00b0\u00b2\u00b3\u00b5{_CURRENCIES}]{{0,12}}"
 )
 _LATEX_ONLY = (LatexExtractionConfig(),)
+_ANY = (*_LATEX_ONLY, ExprExtractionConfig())
+_FRAC_WITHOUT_BRACES = re.compile(r"\\([dt]?frac)\s*(\d|\\[a-z]+)\s*(\d|\\pi\b)")
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_ROOT_SIGN = re.compile("\N{SQUARE ROOT} ?([0-9.]+|[A-Za-z]|\\\\([^()]*\\\\))")
+_SUPERSCRIPTS = re.compile("[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_LOWERED = str.maketrans("\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-0123456789")
+_SIGNS = str.maketrans(
+    {
+        "\N{MULTIPLICATION SIGN}": r" \cdot ", "\N{MIDDLE DOT}": r" \cdot ", "\N{DOT OPERATOR}": r" \cdot ",
+        "\N{DIVISION SIGN}": "/", "\N{MINUS SIGN}": "-", "\N{INFINITY}": r" \infty ", "\N{UNION}": r" \cup ",
+        "\N{LESS-THAN OR EQUAL TO}": r" \le ", "\N{GREATER-THAN OR EQUAL TO}": r" \ge ",
+        "\N{NOT EQUAL TO}": r" \ne ", "\N{ELEMENT OF}": r" \in ", "\N{DEGREE SIGN}": "",
+    }
+)  # fmt: skip
+_MIXED_NUMBER = re.compile(r"(?<![\d./^])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d.])")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w*\}")
+_NAME_OR_FACTOR = re.compile(r"([A-Za-z_]\w*)|(\d++(?:\.\d*+)?+(?:[eE][-+]?\d++)?+j?+|\)) ?(?=[A-Za-z(])")
 
 _CONSTANTS: dict[str, Any] = {"pi": sympy.pi, "E": sympy.E, "e": sympy.E, "I": sympy.I, "oo": sympy.oo, "inf": sympy.oo}
 _FUNCTIONS: dict[str, Any] = {
@@ -63,102 +79,61 @@ class _NotMathematicsError(Exception):
 
 def verdict(gold: str, prediction: str) -> bool:
     """Whether `prediction` equals `gold`. May take long or much memory on odd texts: the caller sets the limits."""
-    wanted, got = _boxed_or_whole(gold), _boxed_or_whole(prediction)
-    if not got or not wanted:
-        return False
-    if _same_text(wanted, got):
-        return True
-    wanted_number, got_number = number(wanted), number(got)
-    if wanted_number is not None and got_number is not None:
-        is_share = "%" in wanted and "%" not in got  # 73% is 0.73 as well
-        if _numbers_equal(wanted_number, got_number) or (is_share and _numbers_equal(wanted_number, 100 * got_number)):
-            return True
-        if got in prediction[:-1].strip(" $") and len(got) < len(prediction.strip(" $.")):
-            pass  # the last box of a longer text: what the text calls its final answer may be another
-        elif not _DECIMAL_COMMA.fullmatch(wanted) and not _DECIMAL_COMMA.fullmatch(got):
-            return False
+    wanted, got = boxed_or_whole(gold), boxed_or_whole(prediction)
     if max(_nesting(gold), _nesting(prediction)) > _DEEPEST_NESTING:
         return False
-    golds, predictions = _readings(gold, wanted, like=wanted), _readings(prediction, got, like=wanted)
+    golds, predictions = _readings(gold, wanted, wanted), _readings(prediction, got, wanted)
+    large_golds, large_predictions = ([one for one in each if is_too_large(one)] for each in (golds, predictions))
+    if any(settled(one) == settled(other) for one in large_golds for other in large_predictions):
+        return True
+    golds = [one for one in golds if one not in large_golds]
+    predictions = [one for one in predictions if one not in large_predictions]
     return verify(golds, predictions, timeout_seconds=0, allow_set_relation_comp=True)
-
-
-def number(text: str) -> Fraction | None:
-    """The value of a plain number such as `-1,234.5`, `6.72e-05` or `\\$3`, exactly; None for all else."""
-    cleaned = text.strip().removeprefix("\\$").removeprefix("$").removesuffix("%").removesuffix("\\").strip()
-    cleaned = cleaned.replace("\\!", "").replace("{,}", ",").replace("\N{MINUS SIGN}", "-")
-    if not cleaned.isascii() or not any(map(str.isdigit, cleaned)) or len(cleaned) > _LONGEST_NUMBER_CHARS:
-        return None
-    return Fraction(cleaned.replace(",", "")) if _NUMBER.fullmatch(cleaned) else None
-
-
-def _numbers_equal(wanted: Fraction, got: Fraction) -> bool:
-    if wanted.denominator == 1 and got.denominator == 1:
-        return wanted == got
-    return abs(wanted - got) <= _RELATIVE_TOLERANCE * max(abs(wanted), abs(got))
-
-
-def _boxed_or_whole(text: str) -> str:
-    """What stands in the last box, or all of it without the dollars around it and a last full stop."""
-    text = text.strip().strip("*").strip()
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start >= 0:
-        opened = text.index("{", start)
-        depth = 0
-        for place in range(opened, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[opened + 1 : place].strip()
-        return text[opened + 1 :].strip()
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1].rstrip()
-    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        inner = text[len(left) : -len(right)]
-        if text.startswith(left) and text.endswith(right) and inner and left not in inner:
-            return inner.strip()
-    return text
-
-
-def _same_text(wanted: str, got: str) -> bool:
-    plain_wanted, plain_got = _plain(wanted), _plain(got)
-    if _TEXT.search(wanted) or not re.search(r"[\d\\=+*/^(]", plain_wanted):  # words: capitals do not count
-        plain_wanted, plain_got = (re.sub(r"^\((\w)\)$", r"\1", text.casefold()) for text in (plain_wanted, plain_got))
-    return plain_wanted == plain_got != ""
-
-
-def _plain(text: str) -> str:
-    """The text without what does not change its meaning: spacing, bracket sizes, degrees, dollars, text commands."""
-    bare = _SPACING.sub("", _DROPPED.sub("", _TEXT.sub(r"\1", text)))
-    return bare.replace("dfrac", "frac").replace("tfrac", "frac")
 
 
 def _nesting(text: str) -> int:
     depth = deepest = 0
     for character in text:
+        if character == "\n":
+            depth = 0
         depth += (character in "({[") - (character in ")}]")
         deepest = max(deepest, depth)
     return deepest
 
 
-def _readings(text: str, core: str, *, like: str) -> list[Any]:
+@functools.lru_cache(maxsize=256)
+def _readings(text: str, core: str, like: str) -> list[Any]:
     """What `text` may mean. `core`: its boxed part; `like`: the gold answer, whose form a Python value is read in."""
     found: list[Any] = []
-    bare = not _MARKUP.search(text.rstrip("$")) and len(core) <= _LONGEST_EXPRESSION_CHARS
-    if not bare or _is_prose(core) or _has_words(core) or _reads_as_number(core):
-        found += parse(_with_imaginary_unit(text), parsing_timeout=0)
+    unmarked = not _MARKUP.search(text.rstrip("$")) and len(core) <= _LONGEST_EXPRESSION_CHARS
+    if not unmarked or _is_prose(core) or _has_words(core) or _reads_as_number(core):
+        # LaTeX in a box that cannot be read is not searched for numbers: it would be equal to its last one.
+        boxed_latex = core != text and "\\" in core and "boxed" in text
+        found += parse(_with_imaginary_unit(text), _LATEX_ONLY if boxed_latex else _ANY, parsing_timeout=0)
     if (value := number(core)) is not None:
         found.append(sympy.Integer(int(value)) if value.denominator == 1 else sympy.Float(float(value)))
     elif len(core) <= _LONGEST_EXPRESSION_CHARS and not _is_prose(core):
         found += parse(f"${_cleaned(core)}$", _LATEX_ONLY, parsing_timeout=0)
         for form in _python_forms(core, like):
-            found += parse(f"${form}$", _LATEX_ONLY, parsing_timeout=0)
+            if _nesting(form) <= _DEEPEST_NESTING:
+                found += parse(f"${form}$", _LATEX_ONLY, parsing_timeout=0)
     return [reading for place, reading in enumerate(found) if reading not in found[:place]]
 
 
 def _cleaned(core: str) -> str:
-    cleaned = core.replace("\\$", "").replace("$", "").strip()
-    cleaned = _with_imaginary_unit(cleaned).rstrip(".")
+    core = _FRAC_WITHOUT_BRACES.sub(r"\\\1{\2}{\3}", core)
+    cleaned = _with_latex_signs(core.replace("\\$", "").replace("$", "").strip())
+    cleaned = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", _with_imaginary_unit(cleaned).rstrip("."))
     return re.sub(r"(?<=[\])])\s*U\s*(?=[\[(])", r" \\cup ", cleaned)
+
+
+def _with_latex_signs(text: str) -> str:
+    """Signs that are characters of their own, as LaTeX: 2√3, x², 5·10³, (-∞, 2] ∪ {3}."""
+    if text.isascii():
+        return text
+    text = _ROOT_SIGN.sub(lambda match: f"\\sqrt{{{match[1].strip('()')}}}", text)
+    text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
+    return text.translate(_SIGNS)
 
 
 def _with_imaginary_unit(text: str) -> str:
@@ -167,12 +142,13 @@ def _with_imaginary_unit(text: str) -> str:
 
 
 def _is_prose(text: str) -> bool:
-    words = [word for word in _WORD.findall(_TEXT.sub(" ", text)) if word not in _KNOWN_WORDS]
+    words = [word for word in _WORD.findall(without_text_commands(text, " ")) if word not in _KNOWN_WORDS]
     return len(words) >= 2 and "\\" not in text
 
 
 def _has_words(text: str) -> bool:
     """`Answer: 10` as well, which is too short for prose; not a function's name."""
+    text = _ENVIRONMENT.sub(" ", text)
     return not _CALL.search(text) and any(len(word) > 3 and word not in _KNOWN_WORDS for word in _WORD.findall(text))
 
 
@@ -184,8 +160,10 @@ def _python_forms(text: str, like: str) -> list[str]:
     """LaTeX of a Python value: a list is a matrix where the gold answer is one, a set where it is a bare list."""
     if "\\" in text or "#" in text or len(text) > _LONGEST_EXPRESSION_CHARS:
         return []
+    text = text.replace("^", "**").replace("\N{MINUS SIGN}", "-")
+    text = _NAME_OR_FACTOR.sub(lambda match: match[1] or f"{match[2]}*", text)  # 3p**2, 12pi
     try:
-        node = ast.parse(text.replace("^", "**").replace("\N{MINUS SIGN}", "-"), mode="eval").body
+        node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     try:
@@ -210,7 +188,7 @@ def _python_forms(text: str, like: str) -> list[str]:
 
 
 def _is_bracketed(text: str) -> bool:
-    text = _plain(text)
+    text = bare(text)
     return text[:1] in _BRACKETS and text[-1:] in ")]}"
 
 
@@ -247,6 +225,8 @@ def _value(node: ast.expr) -> Any:
 
 
 def _combined(left: Any, operator: ast.operator, right: Any) -> Any:
+    if is_too_large(left) or is_too_large(right):
+        raise _NotMathematicsError
     match operator:
         case ast.Add():
             return left + right
@@ -257,9 +237,10 @@ def _combined(left: Any, operator: ast.operator, right: Any) -> Any:
         case ast.Div():
             return left / right
         case ast.Pow():
-            if isinstance(right, sympy.Number) and abs(right) > _LARGEST_EXPONENT:
-                return sympy.Pow(left, right, evaluate=False)
-            return left**right
+            if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
+                raise _NotMathematicsError
+            power = sympy.Pow(left, right, evaluate=False)
+            return power if is_too_large(power) else left**right
     raise _NotMathematicsError
 
 
@@ -271,8 +252,8 @@ def _called(function: ast.expr, arguments: list[Any]) -> Any:
         raise _NotMathematicsError
     if name == "array" and len(arguments) == 1:
         return arguments[0]
-    if name in ("factorial", "binomial") and any(abs(argument) > _LARGEST_EXPONENT for argument in arguments):
+    if name in ("factorial", "binomial") and any(abs(argument) > _LARGEST_ARGUMENT for argument in arguments):
         raise _NotMathematicsError
-    if name not in _FUNCTIONS:
+    if name not in _FUNCTIONS or len(arguments) > _MOST_ARGUMENTS or any(map(is_too_large, arguments)):
         raise _NotMathematicsError
     return _FUNCTIONS[name](*arguments)

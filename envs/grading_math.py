@@ -17,33 +17,44 @@ Example::
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import threading
 import time
 from collections import Counter, OrderedDict
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from envs.base import EnvError
+from envs.grading_plain import plain_verdict
 from envs.sandbox import Sandbox, SandboxError, SandboxLimits, Session
 
-_MODULES = ("ast", "fractions", "logging", "re", "typing", "sympy", "math_verify", "latex2sympy2_extended")
-_WARM_UP = (("1", "2 + x"), (r"\frac{1}{2}", "x^2 + 1"), ("x = 2", "[1, 2)"))
+_PROGRAMS = ("grading_plain", "grading_size", "grading_equality")
+"""Files beside this one that run inside, in the order in which they import one another."""
+_LOAD = "from envs.grading_equality import verdict"
+_WARM_UP = r"""
+from envs.grading_equality import verdict  # the parser builds its tables as it goes: once, for all processes
+for gold, prediction in (("1", "2 + x"), (r"\frac{1}{2}", "x^2 + 1"), ("x = 2", "[1, 2)"), ("2", r"$\sqrt{3}$, so 4.")):
+    verdict(gold, prediction)
+"""
 _RENEW_AFTER_RUNS = 1000
 _RENEW_AFTER_S = 60.0
 """Of work: far below the processor time that the sandbox lets one process have in its life."""
-_REMEMBERED = 4096
-_REMEMBERED_CHARS = 1000
+_REMEMBERED = 16_384
+_REMEMBERED_CHARS = 400
+"""Of a longer pair a digest is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MathSpec:
     """Limits of a `MathGrader`; picklable."""
 
-    cpu_s: int = 5
-    """Processor time of one comparison; a comparison that needs more is a wrong answer."""
+    cpu_s: int = 2
+    """Processor time of one comparison; a comparison that needs more is a wrong answer. MATH's need 0.2 s at most."""
     wall_s: float = 20.0
     """The same on the clock, longer, so that a busy machine does not change verdicts."""
     memory_mb: int = 512
@@ -52,7 +63,7 @@ class MathSpec:
     wait_s: float = 300.0
     """Longest wait for a free process."""
     prediction_chars: int = 16_000
-    """Of a longer prediction the end is read."""
+    """Of a longer prediction the end is read: a solution, whose answer comes last."""
     unsafe: bool = False
     """Grade without kernel confinement where there is none; refused otherwise."""
 
@@ -67,12 +78,11 @@ class MathGrader:
 
     def __init__(self, spec: MathSpec = MathSpec()) -> None:  # noqa: B008  (frozen)
         self.spec = spec
-        self._program = Path(__file__).with_name("grading_equality.py").read_text(encoding="utf-8")
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(spec.processes)
         self._sandbox: Sandbox | None = None
         self._idle: list[_Process] = []
-        self._remembered: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._remembered: OrderedDict[_Pair, Future[bool]] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._pid = os.getpid()
 
@@ -87,23 +97,40 @@ class MathGrader:
             return False
         if prediction == gold:
             return True
+        certain = plain_verdict(gold, prediction)
+        if certain is not None:
+            self._count("plain")
+            return certain
+        pair = _pair(gold, prediction)
         with self._lock:
-            known = self._remembered.get((gold, prediction))
-            if known is not None:
-                self._counts["remembered"] += 1
-                return known
-        equal = self._compared(gold, prediction)
-        if len(gold) + len(prediction) <= _REMEMBERED_CHARS:
-            with self._lock:
-                self._remembered[gold, prediction] = equal
+            known = self._remembered.get(pair)
+            if known is None:
+                ours: Future[bool] = Future()
+                self._remembered[pair] = ours
                 if len(self._remembered) > _REMEMBERED:
                     self._remembered.popitem(last=False)
-        return equal
+            else:
+                self._remembered.move_to_end(pair)
+                self._counts["remembered"] += 1
+        if known is not None:  # or being found out by another thread
+            try:
+                return known.result(self.spec.wait_s)
+            except FutureTimeoutError:
+                raise EnvError(self._no_process()) from None
+        try:
+            ours.set_result(self._compared(gold, prediction))
+        except BaseException as error:
+            with self._lock:
+                if self._remembered.get(pair) is ours:
+                    del self._remembered[pair]
+            ours.set_exception(error)
+            raise
+        return ours.result()
 
     def stats(self) -> dict[str, int]:
-        """Since the start: comparisons, remembered, started (processes), stopped (comparisons that hit a limit), failed
-        (comparisons that raised inside)."""
-        names = ("comparisons", "remembered", "started", "stopped", "failed")
+        """Since the start: plain (pairs decided without algebra), comparisons, remembered, started (processes), stopped
+        (comparisons that hit a limit), failed (comparisons that raised inside)."""
+        names = ("plain", "comparisons", "remembered", "started", "stopped", "failed")
         with self._lock:
             return {name: self._counts[name] for name in names}
 
@@ -129,7 +156,7 @@ class MathGrader:
 
     def _compared(self, gold: str, prediction: str) -> bool:
         if not self._slots.acquire(timeout=self.spec.wait_s):
-            raise EnvError(f"no process of the math grader became free within {self.spec.wait_s:g} s")
+            raise EnvError(self._no_process())
         try:
             problem: SandboxError | None = None
             for _ in range(2):  # again when the process died of something else
@@ -160,6 +187,9 @@ class MathGrader:
         finally:
             self._slots.release()
 
+    def _no_process(self) -> str:
+        return f"no process of the math grader became free within {self.spec.wait_s:g} s"
+
     def _take(self) -> _Process:
         with self._lock:
             if self._idle:
@@ -169,12 +199,10 @@ class MathGrader:
             sandbox = self._sandbox
         try:
             process = _Process(sandbox.start(seed=0))
-            loaded = process.run(self._program)
+            loaded = process.run(_LOAD)
             if loaded.error is not None:
                 process.session.close()
                 raise SandboxError(f"its program does not load: {loaded.error}")
-            for gold, prediction in _WARM_UP:  # the parser builds its tables as it goes
-                process.run(f"verdict({gold!a}, {prediction!a})")
         except SandboxError as error:
             raise EnvError(f"the math grader's sandbox does not work: {error}") from error
         self._count("started")
@@ -192,8 +220,10 @@ class MathGrader:
             # As Python source one character may take ten; the reference answer is ours and rarely long.
             code_chars=10 * spec.prediction_chars + 1_000_000,
         )
+        folder = Path(__file__).parent
+        sources = {f"envs.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _PROGRAMS}
         try:
-            return Sandbox(modules=_MODULES, limits=limits, unsafe=spec.unsafe)
+            return Sandbox(modules=(), sources=sources | {"warm_up": _WARM_UP}, limits=limits, unsafe=spec.unsafe)
         except SandboxError as error:
             raise EnvError(f"the math grader's sandbox does not start: {error}") from error
 
@@ -210,6 +240,16 @@ class MathGrader:
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
+
+
+_Pair = tuple[str, str] | bytes
+
+
+def _pair(gold: str, prediction: str) -> _Pair:
+    if len(gold) + len(prediction) <= _REMEMBERED_CHARS:
+        return gold, prediction
+    text = f"{len(gold)} {gold}{prediction}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).digest()
 
 
 class _Process:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
 from envs.base import Task
-from envs.grading import GRADERS, grade
+from envs.grading import GRADERS, grade_many
 from launch.ledger_output import Output, new_ledger
 from launch.ledger_sources import Sources, UsageError
 from rollout.curation_sets import same_question
 from rollout.trajectory import Trajectory
 
-_AT_A_TIME = 512
 _MATH_PROCESSES = 2
 
 
@@ -119,16 +116,16 @@ def _graded(
             raise UsageError(f"task {task.id!r} has grader {task.grader!r}; name one of {', '.join(GRADERS)}")
         return task
 
-    with ThreadPoolExecutor(max_workers=16 if options.judge_model else _MATH_PROCESSES) as pool:
-        while held := list(islice(trajectories, _AT_A_TIME)):
-            tasks = [task_of(each.task) for each in held]
-            rewards = pool.map(_reward, tasks, [each.prediction for each in held])
-            for before, task, reward in zip(held, tasks, rewards, strict=True):
-                yield before, dataclasses.replace(before, task=task, reward=reward, success=reward >= 1.0)
+    waiting: deque[tuple[Trajectory, Task]] = deque()
 
+    def answers_to_grade() -> Iterator[tuple[Task, str | None]]:
+        for each in trajectories:
+            waiting.append((each, task_of(each.task)))
+            yield waiting[-1][1], each.prediction
 
-def _reward(task: Task, prediction: str | None) -> float:
-    return 0.0 if prediction is None else grade(task, prediction)
+    for reward in grade_many(answers_to_grade(), at_once=16 if options.judge_model else _MATH_PROCESSES):
+        before, task = waiting.popleft()
+        yield before, dataclasses.replace(before, task=task, reward=reward, success=reward >= 1.0)
 
 
 def _configure(options: argparse.Namespace) -> None:

@@ -50,6 +50,7 @@ BOMBS = [
     r"\int_0^{10^{10}} \sin(x^{x^x}) dx",
     "(" + "+".join(f"x_{{{i}}}" for i in range(60)) + ")^{60}",
 ]
+HANGS = BOMBS[10]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +187,7 @@ def test_no_answer_is_run_as_code(grader, tmp_path, template):
 def test_the_grading_process_can_reach_nothing():
     """Should a parser ever run what it reads: there is nothing to run it on."""
     with MathGrader() as grader:
-        assert grader.equal("2", "4/2")
+        assert grader.equal("x + 2", "2 + x")
         assert grader._sandbox is not None
         report = grader._sandbox.report()
     names = ("no_new_privs", "seccomp", "no_network", "no_host_files", "no_writing", "no_exec", "no_fork")
@@ -212,36 +213,36 @@ def grade_with(grader: MathGrader, prediction: str) -> bool:
 
 
 def test_a_killed_process_is_replaced(grader):
-    grader.equal("3", "6/2")
+    grader.equal("x + 3", "3 + x")
     [process] = grader._idle[-1:]
     holder = process.session._holder
     assert holder is not None
     os.kill(holder.pid, signal.SIGKILL)
-    assert grader.equal("5", "25/5")
+    assert grader.equal("x + 5", "5 + x")
 
 
 def test_threads_share_a_few_processes():
     with MathGrader(MathSpec(processes=2)) as grader, ThreadPoolExecutor(6) as threads:
-        results = list(threads.map(lambda i: grader.equal(str(i), f"{2 * i}/2"), range(1, 19)))
+        results = list(threads.map(lambda i: grader.equal(f"x + {i}", f"{i} + x"), range(1, 19)))
         assert all(results) and grader.stats()["started"] <= 2
 
 
 def test_equal_questions_are_compared_once(grader):
     before = grader.stats()
     for _ in range(3):
-        assert grader.equal("31", "62/2")
+        assert grader.equal("x + 31", "31 + x")
     after = grader.stats()
     assert after["comparisons"] == before["comparisons"] + 1 and after["remembered"] == before["remembered"] + 2
 
 
 def test_a_wait_for_a_process_has_a_limit():
     with MathGrader(MathSpec(processes=1, cpu_s=1, wait_s=0.2)) as grader:
-        grader.equal("3", "6/2")
-        busy = threading.Thread(target=grader.equal, args=("10", BOMBS[0]))
+        grader.equal("x + 3", "3 + x")
+        busy = threading.Thread(target=grader.equal, args=("10", HANGS))
         busy.start()
         time.sleep(0.3)
         with pytest.raises(EnvError, match="no process of the math grader became free within 0.2 s"):
-            grader.equal("3", "9/3")
+            grader.equal("x + 3", "4 + x")
         busy.join(30)
 
 
@@ -251,7 +252,7 @@ def test_a_sandbox_that_does_not_start_is_our_failure(monkeypatch):
 
     monkeypatch.setattr(grading_math, "Sandbox", refuse)
     with pytest.raises(EnvError, match="math grader's sandbox does not start: layer seccomp"):
-        MathGrader().equal("1", "2/2")
+        MathGrader().equal("x + 1", "1 + x")
 
 
 def test_the_grader_takes_tasks_and_aliases(monkeypatch, grader):

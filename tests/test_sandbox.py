@@ -594,7 +594,7 @@ def test_preview_more_leaves_nothing_behind(sandbox: Sandbox, session: Session):
         session.preview(["x = 1", "x = 2"], no_tools)
         session.preview_more(["x = 3", "x = 4"], no_tools)
         session.commit(3)
-    assert wait_until(lambda: len(descendants(zygote)) == len(before))
+    assert wait_until(lambda: len(descendants(zygote)) <= len(before))  # an earlier test's may be ending
 
 
 def test_candidates_share_no_file_offset(session: Session):

@@ -296,7 +296,7 @@ class Interpreter:
         raise ToolError(reply["error"])
 
     def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        if level == 0 and name.partition(".")[0] in self._modules:
+        if level == 0 and (name in self._modules or name.partition(".")[0] in self._modules):
             return builtins.__import__(name, globals, locals, fromlist, level)
         allowed = ", ".join(self._modules)
         raise ImportError(f"import of {name or 'a relative module'} is not allowed; these modules are: {allowed}")

@@ -28,7 +28,7 @@ import sysconfig
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -79,7 +79,8 @@ class Sandbox:
 
     Raises `SandboxError` when the zygote cannot start or the minimum of confinement (no_new_privs, seccomp) is not
     available. `unsafe=True` goes on with what is available. `without` names layers of `report()` to leave out, to
-    test the others.
+    test the others. `sources`, module name -> program text, are our own modules: they are loaded once, in order and
+    before anything is confined, and episodes may import them.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Sandbox:
         tool_names: Sequence[str] = (),
         limits: SandboxLimits = SandboxLimits(),  # noqa: B008  (frozen)
         modules: Sequence[str] = DEFAULT_MODULES,
+        sources: Mapping[str, str] | None = None,
         unsafe: bool = False,
         without: Sequence[str] = (),
     ) -> None:
@@ -102,7 +104,8 @@ class Sandbox:
         self._config = {
             "tool_names": list(tool_names),
             "limits": asdict(limits),
-            "modules": list(modules),
+            "modules": [*modules, *(sources or ())],
+            "sources": dict(sources or {}),
             "unsafe": unsafe,
             "without": list(without),
             "paths": _library_paths(),

@@ -25,6 +25,7 @@ import signal
 import socket
 import sys
 import tempfile
+import types
 from typing import Any
 
 from envs.sandbox import confine, namespaces, seccomp, wire
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 class Zygote:
-    """`config`: paths, modules, tool_names, limits, unsafe, without; see `session.Sandbox`."""
+    """`config`: paths, modules, sources, tool_names, limits, unsafe, without; see `session.Sandbox`."""
 
     def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
         self._control, self._config = control, config
@@ -59,7 +60,7 @@ class Zygote:
         sys.path[:] = config["paths"]
         _prefer_for_oom_kill()
         self._layers = namespaces.enter(without)
-        _load(config["modules"])
+        _load(config["modules"], config["sources"])
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise RuntimeError(
@@ -191,7 +192,10 @@ def _receive_listener(holder: socket.socket) -> int | None:
     return fds[0] if fds else None
 
 
-def _load(modules: list[str]) -> None:
+def _load(modules: list[str], sources: dict[str, str]) -> None:
+    for name, text in sources.items():
+        module = sys.modules[name] = types.ModuleType(name)
+        exec(compile(text, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
     for name in modules:
         try:
             importlib.import_module(name)
