@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -197,15 +197,23 @@ def _passages(search: SearchFunction, k: int, formatter: str) -> Callable[[str],
 
 
 def start_env_hosts(
-    spec: EnvSpec, *, count: int, slots_per_host: int, search: SearchFunction | None, num_cpus: float = 0.0
+    spec: EnvSpec,
+    *,
+    count: int,
+    slots_per_host: int,
+    search: SearchFunction | None,
+    options: Sequence[Mapping[str, Any]] = (),
 ) -> list[Any]:
-    """`count` Ray actors, each with `slots_per_host` threads. They are killed with the job that started them."""
+    """`count` Ray actors, each with `slots_per_host` threads. They are killed with the job that started them.
+
+    `options`: of each, for Ray: what it takes (nothing, by default) and where it is.
+    """
     import ray
 
-    actor = ray.remote(EnvHost).options(  # type: ignore[attr-defined]
-        num_cpus=num_cpus, max_concurrency=slots_per_host + 1, max_restarts=-1, max_task_retries=0
-    )
-    return [actor.remote(spec, search) for _ in range(count)]
+    actor = ray.remote(EnvHost)
+    own = {"num_cpus": 0, "max_concurrency": slots_per_host + 1, "max_restarts": -1, "max_task_retries": 0}
+    each = list(options) or [{}] * count
+    return [actor.options(**{**own, **each[i]}).remote(spec, search) for i in range(count)]  # type: ignore[attr-defined]
 
 
 class HostAwayError(EnvError):

@@ -22,6 +22,7 @@ from launch.joint_collection import JointCollection
 from launch.live import LiveView
 from launch.live_ray_metrics import metrics_url
 from launch.live_views import collect_view
+from launch.placement import place_collection
 from launch.report import reported
 from launch.spending import JobMeter
 from launch.wiring import Assignment, Environments, assignments, start_collections
@@ -121,8 +122,12 @@ def _collect(
         view.say(f"Ray: {what}")
         view.connected(metrics_url())
         meter = JobMeter.start(config, folder.spend)
-        environments = Environments.start(config, world.retriever, slots=[each.slots(config) for each in assigned])
-        collection, _ = start_collections(config, environments, assigned, ledger=folder.ledger, meter=meter)
+        placed = place_collection(config, assigned, say=view.say)
+        slots = [each.slots(config) for each in assigned]
+        environments = Environments.start(config, world.retriever, slots=slots, placed=placed)
+        collection, _ = start_collections(
+            config, environments, assigned, ledger=folder.ledger, meter=meter, placed=placed
+        )
         try:
             with view.stage("collecting"):
                 stopped = _watch(collection, meter, view)

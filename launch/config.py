@@ -18,6 +18,7 @@ from envs.tasks import Columns
 from learner.config import LearnerConfig
 from rollout.curation import Curation
 from rollout.episode import EpisodeSettings
+from rollout.placement import PLACE_S, RoleResources
 from rollout.policy_spec import PolicySpec
 from rollout.retries import RetryRule
 from rollout.spend import SpendCap
@@ -160,6 +161,23 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolesConfig:
+    """What each role of a job takes of the cluster, and where it may be; what is not said has the role's default."""
+
+    teacher: RoleResources = RoleResources()
+    """Workers with a teacher; num_gpus is of each rank of an engine, else cluster.gpus_per_worker."""
+    student: RoleResources = RoleResources()
+    """Workers that act with a student; likewise."""
+    envs: RoleResources = RoleResources()
+    """Hosts of envs (rollout.env_hosts of them, for each teacher); spread over the nodes."""
+    retrieval: RoleResources = RoleResources()
+    learner: RoleResources = RoleResources()
+    """Ranks, together or not at all; 1 CPU and cluster.gpus_per_rank GPUs each, packed on few nodes."""
+    services: RoleResources = RoleResources()
+    """The queue and what hands out episodes: on the driver's node, unless resources or labels say where else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """The Ray cluster."""
 
@@ -175,9 +193,22 @@ class ClusterConfig:
     """GPUs of one vLLM engine, for each of its tensor-parallel ranks; 0 runs it on CPUs."""
     gpus_per_rank: float = 0.0
     """GPUs of one learner rank."""
+    roles: RolesConfig = field(default_factory=RolesConfig)
+    place_s: float = PLACE_S
+    """What others hold is waited for so long; then the job ends, and says what is missing."""
+    autoscale: bool | None = None
+    """Whether nodes may be added when they are asked for; None: as Ray tells. Then nothing is refused because no node
+    has it yet."""
+    autoscale_s: float = 900.0
+    """place_s of such a cluster."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, at_least_0=("num_cpus", "gpus_per_worker", "gpus_per_rank"), at_least_1=("object_store_mb",))
+        check_bounds(
+            self,
+            at_least_0=("num_cpus", "gpus_per_worker", "gpus_per_rank"),
+            at_least_1=("object_store_mb",),
+            above_0=("place_s", "autoscale_s"),
+        )
         if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port must be 1 to 65535, or null for any that is free, not {self.metrics_port}")
         if self.metrics_port is not None and self.address:

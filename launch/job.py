@@ -25,6 +25,7 @@ from launch.live import LiveView
 from launch.live_evaluation import LiveEvaluation, start_live_evaluation
 from launch.live_ray_metrics import metrics_url
 from launch.live_views import distill_view
+from launch.placement import Placed, place_job, service_options
 from launch.report import draw_learning_curve, reported, score_table, scores_to_json
 from launch.reuse import reuse
 from launch.run_folder import RunFolder, write_json
@@ -78,8 +79,9 @@ def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resume
             if config.reuse and any(each.missing for each in assigned):
                 view.say(f"{reuse(config, assigned, folder.ledger):,} trajectories reused of earlier runs")
                 assigned = assignments(config, world.train, Ledger(folder.ledger))
-            environments = start_environments(config, world, assigned)
-            stages = _Stages(config, folder, world, environments, view, assigned)
+            placed = place_job(config, assigned, trained=(folder.learner / "final.json").exists(), say=view.say)
+            environments = start_environments(config, world, assigned, placed)
+            stages = _Stages(config, folder, world, environments, view, assigned, placed)
             view.plan(LEARNING, *stages.evaluations())
             learned = stages.learn()
             scores = stages.evaluate()
@@ -99,14 +101,16 @@ def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resume
     _show(view, results, folder)
 
 
-def start_environments(config: DistillConfig, world: World, assigned: list[Assignment]) -> Environments:
+def start_environments(
+    config: DistillConfig, world: World, assigned: list[Assignment], placed: Placed | None = None
+) -> Environments:
     """A group of hosts for each teacher; the first one serves the evaluations too, but for those of students that still
     learn: the last is theirs."""
     slots = [each.slots(config) for each in assigned]
     slots[0] = max(slots[0], config.evaluate.concurrency)
     if config.learner.best_by == "rollout_score" or config.evaluate.during_training_every_steps:
         slots.append(min(config.evaluate.concurrency, config.evaluate.validation_tasks))
-    return Environments.start(config, world.retriever, slots=slots)
+    return Environments.start(config, world.retriever, slots=slots, placed=placed)
 
 
 class _Stages:
@@ -118,9 +122,10 @@ class _Stages:
         environments: Environments,
         view: LiveView,
         assigned: list[Assignment],
+        placed: Placed,
     ) -> None:
         self.config, self.folder, self.world, self.environments, self.view = config, folder, world, environments, view
-        self.assigned = assigned
+        self.assigned, self.placed = assigned, placed
         self.teachers: list[list[Any]] = []
         self.meter = JobMeter.start(config, folder.spend)
 
@@ -131,7 +136,7 @@ class _Stages:
             self.view.say("the student is trained already")
             return json.loads(record.read_text())
         config = self.config
-        queue = TrajectoryQueue.create(config.rollout.queue_capacity)
+        queue = TrajectoryQueue.create(config.rollout.queue_capacity, options=service_options(config.cluster))
         total = sum(len(each.requests) for each in self.assigned)
         curation = config.curation.build()
         if curation.needs_all:
@@ -144,14 +149,15 @@ class _Stages:
             scores=self.folder.scores, say=self.view.say,
         )  # fmt: skip
         learner = LearnerGroup.start(
-            learner_config(config, self.folder, total), source, gpus_per_rank=config.cluster.gpus_per_rank,
+            learner_config(config, self.folder, total), source, **self.placed.learner(config),
             publisher=None if live is None else live.publisher,
         )  # fmt: skip
         try:
             learner.run()
             collection, self.teachers = start_collections(
-                config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue, meter=self.meter
-            )
+                config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue, meter=self.meter,
+                placed=self.placed,
+            )  # fmt: skip
             workers = self._student_workers()
             scores = live if workers is None else StudentScores(workers.start, say=self.view.say)
             try:
@@ -236,7 +242,7 @@ class _Stages:
         spec = student_spec(config, base)
         rows = self._students()
         scores: dict[str, dict[str, Score]] = {}
-        workers = start_workers(config, spec, count=1) if rows else []
+        workers = start_workers(config, spec, count=1, placed=self.placed) if rows else []
         for name, mode, weights in rows:
             scores[name] = run_evaluation(
                 config, self.environments, workers, self.world.test, policy=spec.policy_name,
@@ -246,7 +252,10 @@ class _Stages:
         stop_rollout_actors(workers)
         for i, (name, each) in enumerate(self._teachers()):
             loaded = self.teachers[i] if self.teachers else []
-            actors = loaded or start_workers(config, each.share.teacher, count=each.workers(config), meter=self.meter)
+            actors = loaded or start_workers(
+                config, each.share.teacher, count=each.workers(config), meter=self.meter, role="teacher",
+                placed=self.placed,
+            )  # fmt: skip
             scores[name] = run_evaluation(
                 config, self.environments, actors, self.world.test, policy=each.name, settings=config.episode,
                 ledger=self.folder.scores / _file_name(name), view=self.view, title=_title(name),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from envs.base import EnvError, Task
 from envs.local_envs import LocalEnvs
@@ -17,6 +17,7 @@ from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig, JobConfig, TeacherShare
 from launch.evaluation_config import EvaluationJob
 from launch.joint_collection import JointCollection
+from launch.placement import Placed, grows, service_options
 from launch.spending import JobMeter, is_endpoint
 from launch.teachers import assign
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
@@ -40,17 +41,25 @@ class Environments:
     """How envs find it."""
 
     @classmethod
-    def start(cls, config: JobConfig, retriever: RetrieverSpec | None, *, slots: Sequence[int]) -> Environments:
+    def start(
+        cls,
+        config: JobConfig,
+        retriever: RetrieverSpec | None,
+        *,
+        slots: Sequence[int],
+        placed: Placed | None = None,
+    ) -> Environments:
         """Starts everything, a group of hosts for each of `slots` (episodes at a time), and returns at once:
         `wait_ready` before the first episode."""
         client = search = None
         if retriever is not None:
             offline = os.environ.get("HF_HUB_OFFLINE", "1" if retriever.encoder == "minilm" else "0")
             name = f"retrieval-{uuid.uuid4().hex[:12]}"
-            actor = start_retrieval_actor(retriever, name=name, env_vars={"HF_HUB_OFFLINE": offline})
+            place = (placed or Placed(config.cluster, grows=grows(config.cluster))).retrieval(config)
+            actor = start_retrieval_actor(retriever, name=name, env_vars={"HF_HUB_OFFLINE": offline}, **place)
             client = RayRetrieverClient(actor, timeout_s=config.retrieval.timeout_s)
             search = NamedSearch(name, config.retrieval.timeout_s)
-        return cls(_groups(config, search, slots), client, search)
+        return cls(_groups(config, search, slots, placed), client, search)
 
     def beside(self, config: JobConfig, *, slots: Sequence[int]) -> Environments:
         """Further envs, of `config`, behind the same retrieval."""
@@ -73,24 +82,38 @@ class Environments:
             raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _groups(config: JobConfig, search: NamedSearch | None, slots: Sequence[int]) -> list[list[Any] | LocalEnvs]:
+def _groups(
+    config: JobConfig, search: NamedSearch | None, slots: Sequence[int], placed: Placed | None = None
+) -> list[list[Any] | LocalEnvs]:
     hosts = config.rollout.env_hosts
     if hosts == 0:
         timeout_s = config.rollout.env_timeout_s
         return [LocalEnvs(config.env, search, count=n, timeout_s=timeout_s) for n in slots]
-    return [start_env_hosts(config.env, count=hosts, slots_per_host=-(-n // hosts), search=search) for n in slots]
+    places = (placed or Placed(config.cluster, grows=grows(config.cluster))).envs(config, len(slots))
+    return [
+        start_env_hosts(config.env, count=hosts, slots_per_host=-(-n // hosts), search=search, options=options)
+        for n, options in zip(slots, places, strict=True)
+    ]
 
 
-def start_workers(config: JobConfig, spec: PolicySpec, *, count: int, meter: JobMeter | None = None) -> list[Any]:
+def start_workers(
+    config: JobConfig,
+    spec: PolicySpec,
+    *,
+    count: int,
+    meter: JobMeter | None = None,
+    role: Literal["teacher", "student"] = "student",
+    placed: Placed | None = None,
+) -> list[Any]:
     """`count` x `spec.data_parallel_size` rollout actors; an engine gets its GPUs, an API client needs none.
 
     Raises `PlacementError`.
     """
-    gpus = config.cluster.gpus_per_worker if spec.kind == "vllm" else 0.0
+    reserved = (placed or Placed(config.cluster, grows=grows(config.cluster))).workers(spec, count=count, role=role)
     if is_endpoint(spec):  # its limits are those of all workers together
         spec = replace(spec, rate_limits=spec.rate_limits.shared_by(count * spec.data_parallel_size))
     name = meter.name if meter is not None and is_endpoint(spec) else ""
-    return start_rollout_actors(spec, count=count, gpus_per_rank=gpus, meter=name, run=config.run_name)
+    return start_rollout_actors(spec, count=count, reserved=reserved, meter=name, run=config.run_name)
 
 
 def start_evaluation(
@@ -121,6 +144,7 @@ def start_evaluation(
         concurrency=config.evaluate.concurrency,
         can_preview=can_preview,
         env_timeout_s=config.rollout.env_timeout_s,
+        feed_options=service_options(config.cluster),
     )
 
 
@@ -177,6 +201,11 @@ def assignments(config: JobConfig, tasks: Sequence[Task], ledger: Ledger) -> lis
     ]
 
 
+def _teacher_workers(config: JobConfig, each: Assignment, meter: JobMeter | None, placed: Placed | None) -> list[Any]:
+    count = each.workers(config)
+    return start_workers(config, each.share.teacher, count=count, meter=meter, role="teacher", placed=placed)
+
+
 def start_collections(
     config: JobConfig,
     environments: Environments,
@@ -185,6 +214,7 @@ def start_collections(
     ledger: Path | str,
     queue: Any = None,
     meter: JobMeter | None = None,
+    placed: Placed | None = None,
 ) -> tuple[JointCollection, list[list[Any]]]:
     """One collection a teacher, all at the same time, and their workers. Waits for the environments first.
 
@@ -200,7 +230,7 @@ def start_collections(
             workers.append([])
             done += len(each.requests)
             continue
-        workers.append(start_workers(config, each.share.teacher, count=each.workers(config), meter=meter))
+        workers.append(_teacher_workers(config, each, meter, placed))
         collections[each.name] = Collection(
             workers[-1],
             hosts,
@@ -213,5 +243,6 @@ def start_collections(
             adaptive=config.rollout.adaptive,
             can_preview=can_preview,
             env_timeout_s=config.rollout.env_timeout_s,
+            feed_options=service_options(config.cluster),
         )
     return JointCollection(collections, done=done), workers

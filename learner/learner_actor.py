@@ -130,25 +130,22 @@ class LearnerGroup:
         *,
         cpus_per_rank: float = 1.0,
         gpus_per_rank: float = 0.0,
+        resources: Mapping[str, float] | None = None,
+        placement: Any = None,
         env_vars: Mapping[str, str] | None = None,
         scorer: Scorer | None = None,
         publisher: WeightPublisher | None = None,
         timeout_s: float = 120.0,
     ) -> LearnerGroup:
         """Start `config.ranks` actors, all or none; `scorer` and `publisher` are pickled to rank 0 like the source.
-        Raises `LearnerError` when the cluster has no room for them in time."""
-        import ray
-        from ray.util.placement_group import placement_group, remove_placement_group
+        Raises `LearnerError` when the cluster has no room for them in time.
 
-        bundle = {"CPU": cpus_per_rank, **({"GPU": gpus_per_rank} if gpus_per_rank else {})}
-        placement = placement_group([bundle] * config.ranks, strategy="PACK")
+        `resources`: custom ones of each rank. `placement`: a placement group with a bundle for each rank, which is
+        theirs from now on; else they make one."""
         begun = time.monotonic()
-        if not placement.wait(timeout_s):
-            remove_placement_group(placement)
-            raise LearnerError(
-                f"the cluster has no room for {config.ranks} ranks of {bundle} within {timeout_s} s; "
-                f"it has {ray.cluster_resources()}"
-            )
+        if placement is None:
+            bundle = {"CPU": cpus_per_rank, **({"GPU": gpus_per_rank} if gpus_per_rank else {}), **(resources or {})}
+            placement = _place(bundle, config.ranks, timeout_s)
         variables = {
             "OMP_NUM_THREADS": str(config.threads),
             "TOKENIZERS_PARALLELISM": "false",
@@ -159,6 +156,7 @@ class LearnerGroup:
         options = {
             "num_cpus": cpus_per_rank,
             "num_gpus": gpus_per_rank,
+            "resources": dict(resources or {}),
             "max_concurrency": 4,
             "runtime_env": {"env_vars": variables},
         }
@@ -340,7 +338,9 @@ class LearnerGroup:
                 self.stop()
         except Exception as error:
             self._kill()
-            self._failed = LearnerError(f"the learner's ranks could not be started again: {error}")
+            placeless = _placeless(self._placement) if isinstance(error, TimeoutError) else 0
+            missing = f" ({placeless} of {self._config.ranks} have no node to be on)" if placeless else ""
+            self._failed = LearnerError(f"the learner's ranks could not be started again{missing}: {error}")
             self._failed.__cause__ = error
 
     def _kill(self) -> None:
@@ -349,6 +349,32 @@ class LearnerGroup:
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor, no_restart=True)
+
+
+def _place(bundle: dict[str, float], ranks: int, timeout_s: float) -> Any:
+    """A placement group of that many bundles. Raises `LearnerError`."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    placement = placement_group([bundle] * ranks, strategy="PACK")
+    if not placement.wait(timeout_s):
+        remove_placement_group(placement)
+        raise LearnerError(
+            f"the cluster has no room for {ranks} ranks of {bundle} within {timeout_s} s; it has "
+            f"{ray.cluster_resources()}"
+        )
+    return placement
+
+
+def _placeless(placement: Any) -> int:
+    """How many of its bundles have lost their node and found no other."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    with contextlib.suppress(Exception):  # the cluster may be gone
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(node not in alive for node in placement_group_table(placement)["bundles_to_node_id"].values())
+    return 0
 
 
 def to_blame(errors: Mapping[int, Exception]) -> tuple[int, Exception, bool]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import time
 import uuid
@@ -31,7 +32,7 @@ from envs.pool import RemoteEnv
 from rollout.episode import EpisodeSettings
 from rollout.episode_metrics import EpisodeMetrics
 from rollout.ledger import Ledger, LedgerWriter
-from rollout.placement import engine_demand, place_engine, release
+from rollout.placement import Group, Reservation, RoleResources, actor_group, engine_groups, places, reserve
 from rollout.policy import PolicyError
 from rollout.policy_spec import PolicySpec
 from rollout.spend_meters import RemoteMeter
@@ -46,8 +47,8 @@ RESTART_S = 300.0
 """How long Ray may take to start a dead worker's process again."""
 FEED_S = 120.0
 """How long the feed may take to answer; it does next to nothing."""
-_reserved: dict[Any, dict[str, Any]] = {}
-"""Rollout actor -> the options that reserved its place."""
+_reserved: dict[Any, Reservation] = {}
+"""Rollout actor -> where its place is."""
 
 
 class CollectionError(RuntimeError):
@@ -206,8 +207,9 @@ def start_rollout_actors(
     spec: PolicySpec,
     *,
     count: int,
-    num_cpus: float = 0.0,
     gpus_per_rank: float = 0.0,
+    resources: RoleResources | None = None,
+    reserved: Sequence[Reservation] | None = None,
     env_vars: Mapping[str, str] | None = None,
     meter: str = "",
     run: str = "",
@@ -215,30 +217,44 @@ def start_rollout_actors(
     """`count` x `spec.data_parallel_size` Ray actors, each with the policy of its own; loading begins with `start()` or
     the first collection.
 
-    `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks. `meter`: name of a
+    `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks; `resources`: the same and more;
+    `reserved`: their places, of `policy_groups`, where they have some already. `meter`: name of a
     `rollout.spend.SpendMeter` actor; `run`: what their metrics are labelled with. Raises `PlacementError` when the
     cluster has no place for an engine.
     """
     import ray
 
+    count *= spec.data_parallel_size
+    if reserved is None:
+        resources = resources or RoleResources(num_gpus=gpus_per_rank)
+        reserved = reserve(policy_groups(spec, who=f"the policy {spec.policy_name}", count=count, resources=resources))
     actors = []
-    for _ in range(count * spec.data_parallel_size):
-        demand = engine_demand(
-            tensor_parallel_size=spec.tensor_parallel_size,
-            pipeline_parallel_size=spec.pipeline_parallel_size,
-            gpus_per_rank=gpus_per_rank,
-        )
-        place = place_engine(demand)
+    for reservation, index in itertools.islice(places(reserved), count):
         actor = ray.remote(RolloutActor).options(  # type: ignore[attr-defined]
-            num_cpus=num_cpus,
             max_concurrency=16,
             max_restarts=-1,  # `Collection` counts them
             runtime_env={"env_vars": {**spec.environment(), **(env_vars or {})}},
-            **place,
+            **reservation.options(index),
         )
         actors.append(actor.remote(spec, meter, run))
-        _reserved[actors[-1]] = place
+        reservation.use()
+        _reserved[actors[-1]] = reservation
     return actors
+
+
+def policy_groups(spec: PolicySpec, *, who: str, count: int, resources: RoleResources, key: str = "") -> list[Group]:
+    """What `count` actors with that policy are placed by. GPUs are for engines: others have none, whatever `resources`
+    say. `key`: of the policy in a configuration. Raises `ValueError`."""
+    if spec.kind == "vllm":
+        return engine_groups(
+            who=who,
+            engines=count,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            pipeline_parallel_size=spec.pipeline_parallel_size,
+            resources=resources,
+            key=key,
+        )
+    return [actor_group(who=who, what="workers", count=count, resources=dataclasses.replace(resources, num_gpus=None))]
 
 
 def stop_rollout_actors(actors: Sequence[Any]) -> None:
@@ -247,7 +263,8 @@ def stop_rollout_actors(actors: Sequence[Any]) -> None:
 
     for actor in actors:
         ray.kill(actor)
-        release(_reserved.pop(actor, {}))
+        if (reservation := _reserved.pop(actor, None)) is not None:
+            reservation.leave()
 
 
 class Collection:
@@ -255,6 +272,7 @@ class Collection:
 
     `hosts`: env host actors that all workers share (`envs.pool`), or envs that each worker has in its own process.
     `concurrency`: episodes at a time of each worker, at most; `adaptive` lets an engine that is full have fewer.
+    `feed_options`: of the Ray actor that hands out the episodes.
     """
 
     def __init__(
@@ -272,6 +290,7 @@ class Collection:
         adaptive: bool = True,
         can_preview: bool = True,
         env_timeout_s: float = 60.0,
+        feed_options: Mapping[str, Any] | None = None,
     ) -> None:
         import ray
 
@@ -282,7 +301,8 @@ class Collection:
         self._proven: set[int] = set()
         """Workers that have recorded something before they died."""
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
-        self._feed: Any = ray.remote(TaskFeed).options(num_cpus=0).remote(list(requests), found=found)
+        feed = ray.remote(TaskFeed).options(**(feed_options or {"num_cpus": 0}))
+        self._feed: Any = feed.remote(list(requests), found=found)
         self._running: dict[Any, tuple[int, str]] = {}
         self._returning: dict[Any, tuple[int, float]] = {}
         """A call to come back -> the dead worker that it is made to, and until when."""

@@ -1,121 +1,374 @@
-"""Where on a Ray cluster an engine with several GPUs lives: `place_engine` reserves what it needs, or says what is
-missing, before anything is loaded.
+"""Where on a Ray cluster the roles of a job live: what each takes, reserved all or nothing and with a deadline.
+
+`RoleResources` is what a configuration says of a role; `engine_groups` and `actor_group` make groups of bundles of it;
+`reserve` takes them all as placement groups, those of one call together, or raises `PlacementError`, which names what
+is missing, what the cluster has and what is free where. Nothing waits silently: what no node can hold is refused at
+once, and what others hold is waited for `timeout_s` at most, with a line to `say`.
 
 GPUs that share layers (tensor parallel) are taken on one node, as one bundle. An engine whose layers are spread over
-groups of GPUs (pipeline parallel) gets one bundle a GPU, packed as tightly as the cluster can, and runs vLLM's
-Ray executor inside that reservation. An engine on CPUs reserves nothing.
+groups of GPUs (pipeline parallel) has one bundle a GPU, in a placement group of its own as vLLM's Ray executor wants,
+and each tensor-parallel group of it on one node. What asks for nothing reserves nothing.
 
 Example::
 
-    demand = engine_demand(tensor_parallel_size=4, pipeline_parallel_size=2, gpus_per_rank=1.0)
-    options = place_engine(demand)              # options of the Ray actor that holds the engine
+    [group] = engine_groups(who="the teacher", engines=2, tensor_parallel_size=4, resources=RoleResources(num_gpus=1))
+    [reservation] = reserve([group])
+    actor = ray.remote(Engine).options(**reservation.options(0)).remote()     # the first of the two engines
+    reservation.release()
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-PLACE_S = 60.0
+from envs.bounds import check_bounds
+from rollout.placement_fit import (
+    Group,
+    Node,
+    PlacementError,
+    Strategy,
+    assign,
+    check,
+    check_selector,
+    is_internal,
+    nodes_in_words,
+)
+
+__all__ = ["Group", "Node", "PlacementError", "Reservation", "RoleResources", "engine_groups", "reserve"]
+
+PLACE_S = 45.0
 """How long a reservation is waited for."""
-
-
-class PlacementError(RuntimeError):
-    """The cluster does not have, or does not free, what an engine needs; the message names it."""
+TELL_AFTER_S = 1.0
+"""A wait that is longer is told of."""
+TELL_EVERY_S = 15.0
+NODE_ID = "ray.io/node-id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineDemand:
-    """What one engine takes."""
+class RoleResources:
+    """What one actor of a role takes, and where it may be."""
 
-    gpus: float = 0.0
-    """On one node."""
-    bundles: tuple[dict[str, float], ...] = ()
-    """Several reservations that belong together, when it spans nodes."""
+    num_cpus: float | None = None
+    """Logical CPUs; None: as many as the role has by default."""
+    num_gpus: float | None = None
+    """GPUs; of an engine or a learner: for each of its ranks. None: the role's default."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources of Ray's (`ray start --resources='{"env_node": 1}'`), such as {env_node: 0.01}: the actors go
+    where there are some."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Node labels (`ray start --labels=pool=cpu`) that a node must have: {pool: cpu}, or "!cpu", "in(a, b)",
+    "!in(a, b)". Ray calls its `label_selector` experimental; custom resources are the older way."""
+    strategy: Strategy | None = None
+    """Over nodes: PACK (few), SPREAD (many), STRICT_PACK (one), STRICT_SPREAD (one each). None: the role's default."""
 
-    @property
-    def executor(self) -> str | None:
-        """vLLM's `distributed_executor_backend`; None leaves the choice to vLLM."""
-        return "ray" if self.bundles else None
+    def __post_init__(self) -> None:
+        check_bounds(self, at_least_0=("num_cpus", "num_gpus"))
+        for name, amount in self.resources.items():
+            if name in ("CPU", "GPU"):
+                raise ValueError(f"resources: {name} is no custom resource; use num_{name.lower()}s")
+            if not amount > 0:
+                raise ValueError(f"resources: {name}={amount} must be above 0")
+        for name, wanted in self.labels.items():
+            check_selector(name, wanted)
+
+    def bundle(self, *, num_cpus: float, num_gpus: float = 0.0) -> dict[str, float]:
+        """Of one actor, with the role's defaults; without what is 0."""
+        cpus = num_cpus if self.num_cpus is None else self.num_cpus
+        gpus = num_gpus if self.num_gpus is None else self.num_gpus
+        return {name: amount for name, amount in {"GPU": gpus, "CPU": cpus, **self.resources}.items() if amount}
 
 
-def engine_demand(
-    *, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1, gpus_per_rank: float = 0.0
-) -> EngineDemand:
-    """`gpus_per_rank` 0: the engine runs on CPUs, where the parallel sizes must be 1. Raises `ValueError`."""
+def actor_group(
+    *,
+    who: str,
+    what: str,
+    count: int,
+    resources: RoleResources,
+    num_cpus: float = 0.0,
+    num_gpus: float = 0.0,
+    strategy: Strategy = "PACK",
+    remedy: str = "",
+) -> Group:
+    """`count` actors alike; the numbers and the strategy are the role's defaults."""
+    return Group(
+        who=who,
+        what=what,
+        bundles=(resources.bundle(num_cpus=num_cpus, num_gpus=num_gpus),) * count,
+        strategy=resources.strategy or strategy,
+        labels=resources.labels,
+        remedy=remedy,
+    )
+
+
+def engine_groups(
+    *,
+    who: str,
+    engines: int,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    resources: RoleResources,
+    key: str = "",
+) -> list[Group]:
+    """Of `engines` alike. Without GPUs they run on CPUs, where the parallel sizes must be 1. `key`: what the sizes are
+    called in the configuration. Raises `ValueError`.
+
+    One group for all of them, with a bundle each; of engines that are pipelines, a group each, in which `strategy` is
+    that of the ranks.
+    """
+    gpus = resources.num_gpus or 0.0
+    ranks = tensor_parallel_size * pipeline_parallel_size
     if tensor_parallel_size < 1 or pipeline_parallel_size < 1:
         raise ValueError(
             f"parallel sizes must be at least 1, not tensor_parallel_size={tensor_parallel_size}, "
             f"pipeline_parallel_size={pipeline_parallel_size}"
         )
-    ranks = tensor_parallel_size * pipeline_parallel_size
-    if ranks > 1 and gpus_per_rank != 1.0:
+    if ranks > 1 and gpus != 1.0:
         raise ValueError(
-            f"an engine of {ranks} ranks needs a whole GPU for each: set gpus_per_worker to 1, not {gpus_per_rank:g}"
+            f"an engine of {ranks} ranks needs a whole GPU for each: set gpus_per_worker to 1, not {gpus:g}"
         )
+    key = f"{key}." if key else ""
     if pipeline_parallel_size == 1:
-        return EngineDemand(gpus=gpus_per_rank * ranks)
-    return EngineDemand(bundles=({"GPU": 1.0, "CPU": 1.0},) * ranks)
-
-
-def place_engine(demand: EngineDemand, *, timeout_s: float = PLACE_S) -> dict[str, Any]:
-    """Options for the actor that will hold the engine. Raises `PlacementError` when the cluster cannot place it."""
-    if not demand.bundles:
-        _check_node(demand.gpus)
-        return {"num_gpus": demand.gpus}
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    _check_total(demand)
-    group = placement_group([dict(bundle) for bundle in demand.bundles], strategy="PACK")
-    ready, _ = ray.wait([group.ready()], timeout=timeout_s)
-    if not ready:
-        remove_placement_group(group)
-        raise PlacementError(
-            f"{_words(demand)} were not free within {timeout_s:g} s; free now: {_words_of(ray.available_resources())}"
+        bundle = resources.bundle(num_cpus=0.0, num_gpus=0.0)
+        if gpus:
+            bundle["GPU"] = gpus * ranks
+        remedy = ""
+        if ranks > 1:
+            remedy = f"set {key}tensor_parallel_size to what a node has, {key}pipeline_parallel_size spans nodes"
+        elif gpus:
+            remedy = "cluster.gpus_per_worker=0 runs engines on CPUs"
+        return [
+            Group(
+                who=who,
+                what="engines",
+                bundles=(bundle,) * engines,
+                strategy=resources.strategy or "PACK",
+                labels=resources.labels,
+                remedy=remedy,
+            )
+        ]
+    rank = resources.bundle(num_cpus=1.0, num_gpus=1.0)
+    return [
+        Group(
+            who=who if engines == 1 else f"{who}, engine {i + 1} of {engines},",
+            what="ranks",
+            bundles=(rank,) * ranks,
+            strategy=resources.strategy or "PACK",
+            together=tensor_parallel_size,
+            whole=True,
+            labels=resources.labels,
+            remedy=f"use smaller {key}tensor_parallel_size or {key}pipeline_parallel_size",
         )
-    strategy = PlacementGroupSchedulingStrategy(
-        group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+        for i in range(engines)
+    ]
+
+
+class Reservation:
+    """A group that has its place. The actors in it must have ended before it is released."""
+
+    def __init__(self, group: Group, handle: Any) -> None:
+        self.group = group
+        self.handle = handle
+        """Ray's placement group; None where the group asks for nothing."""
+        self._users = 0
+
+    def options(self, index: int = 0) -> dict[str, Any]:
+        """Of the Ray actor in that bundle; of an engine over several bundles, of the actor that starts its ranks."""
+        bundle = self.group.bundles[index]
+        if self.handle is None:
+            options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+            if self.group.strategy == "SPREAD":
+                options["scheduling_strategy"] = "SPREAD"
+            if self.group.labels:
+                options["label_selector"] = dict(self.group.labels)
+            return options
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(
+            self.handle, placement_group_bundle_index=index, placement_group_capture_child_tasks=self.group.whole
+        )
+        if self.group.whole:
+            return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+        return {
+            "num_cpus": bundle.get("CPU", 0.0),
+            "num_gpus": bundle.get("GPU", 0.0),
+            "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
+            "scheduling_strategy": strategy,
+        }
+
+    def use(self) -> None:
+        """One more actor lives here."""
+        self._users += 1
+
+    def leave(self) -> None:
+        """One less; with the last one it is released."""
+        self._users -= 1
+        if self._users <= 0:
+            self.release()
+
+    def release(self) -> None:
+        """Give it back; may be called twice."""
+        if self.handle is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                remove_placement_group(self.handle)
+            self.handle = None
+
+
+def places(reservations: Sequence[Reservation]) -> Iterator[tuple[Reservation, int]]:
+    """Where each actor of them lives: a reservation, and the number of its bundle."""
+    for reservation in reservations:
+        yield from ((reservation, i) for i in range(1 if reservation.group.whole else len(reservation.group.bundles)))
+
+
+def reserve(
+    groups: Sequence[Group],
+    *,
+    timeout_s: float = PLACE_S,
+    say: Callable[[str], None] = lambda line: None,
+    grows: bool = False,
+) -> list[Reservation]:
+    """All of `groups`, or none: one `Reservation` each. `grows`: an autoscaler may add nodes, so nothing is refused
+    because there is no node for it yet. Raises `PlacementError`.
+    """
+    asking = [group for group in groups if group.asks]
+    if not grows:
+        check([group for group in groups if group.asks or group.labels], cluster_nodes())
+    handles = _take(asking, timeout_s, say, grows) if asking else []
+    by_group = dict(zip(map(id, asking), handles, strict=True))
+    return [Reservation(group, by_group.get(id(group))) for group in groups]
+
+
+def _take(groups: Sequence[Group], timeout_s: float, say: Callable[[str], None], grows: bool) -> list[Any]:
+    import ray
+
+    begun_s = time.monotonic()
+    deadline_s = begun_s + timeout_s
+    told_s = begun_s + TELL_AFTER_S - TELL_EVERY_S
+    # The largest first: what is left is then for those that fit anywhere.
+    order = sorted(
+        range(len(groups)), key=lambda i: max(unit.get("GPU", 0.0) for unit in groups[i].units), reverse=True
     )
-    return {"num_gpus": 0, "scheduling_strategy": strategy}
+    handles: dict[int, Any] = {}
+    try:
+        for i in order:
+            handles[i] = _placement_group(groups[i])
+        waiting = {handle.ready(): i for i, handle in handles.items()}
+        while waiting:
+            now_s = time.monotonic()
+            if now_s > deadline_s:
+                raise PlacementError(_not_free([groups[i] for i in waiting.values()], timeout_s, grows))
+            if now_s - told_s >= TELL_EVERY_S:
+                told_s = now_s
+                say(_waits([groups[i] for i in waiting.values()], deadline_s - now_s, grows))
+            wake_s = min(deadline_s, told_s + TELL_EVERY_S) - now_s
+            ready, _ = ray.wait(list(waiting), timeout=max(0.05, wake_s))
+            for reference in ready:
+                i = waiting.pop(reference)
+                if _torn(groups[i], handles[i]):
+                    handles[i] = _pinned(groups[i], handles[i])
+                    waiting[handles[i].ready()] = i
+        return [handles[i] for i in range(len(groups))]
+    except BaseException:
+        for handle in handles.values():
+            Reservation(groups[0], handle).release()
+        raise
 
 
-def release(actor_options: dict[str, Any]) -> None:
-    """Give back what `place_engine` reserved; the actor must have ended."""
-    strategy = actor_options.get("scheduling_strategy")
-    if strategy is not None:
-        from ray.util.placement_group import remove_placement_group
+def _placement_group(group: Group, nodes: Sequence[str] = ()) -> Any:
+    """`nodes`: Ray's ids of where each bundle has to be."""
+    from ray.util.placement_group import placement_group
 
-        remove_placement_group(strategy.placement_group)
+    selectors = [dict(group.labels) for _ in group.bundles]
+    for selector, node in zip(selectors, nodes, strict=False):
+        selector[NODE_ID] = node
+    return placement_group(
+        [dict(bundle) for bundle in group.bundles],
+        strategy=group.strategy,
+        bundle_label_selector=selectors if any(selectors) else None,  # type: ignore[arg-type]
+    )
 
 
-def _check_node(gpus: float) -> None:
-    """Some node must have that many GPUs at all; that they are free is Ray's business."""
+def _torn(group: Group, handle: Any) -> bool:
+    """Whether Ray put ranks apart that share layers. vLLM numbers ranks node by node, so the count on each decides."""
+    if group.together == 1:
+        return False
+    from ray.util.placement_group import placement_group_table
+
+    places = Counter(placement_group_table(handle)["bundles_to_node_id"].values())
+    return any(count % group.together for count in places.values())
+
+
+def _pinned(group: Group, torn: Any) -> Any:
+    """Again, on nodes chosen here. Raises `PlacementError` when none are free."""
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(torn)
+    deadline_s = time.monotonic() + 5.0
+    while (places := assign([group], nodes := cluster_nodes(), free=True)) is None:  # its room comes back by and by
+        if time.monotonic() > deadline_s:
+            raise PlacementError(
+                f"{group.wants()}, and that many are not free together on any node: "
+                f"{nodes_in_words(nodes, free=True)}; {group.remedy}"
+            )
+        time.sleep(0.2)
+    return _placement_group(group, [nodes[place].key for place in places[0]])
+
+
+def _not_free(groups: Sequence[Group], timeout_s: float, grows: bool) -> str:
+    nodes = cluster_nodes()
+    wants = "; ".join(group.wants() for group in groups)
+    came = "neither free nor added by the autoscaler" if grows else "not free"
+    return (
+        f"{wants}; that was {came} within {timeout_s:g} s; now there is: {nodes_in_words(nodes, free=True)}; end "
+        "other jobs, ask for less, or wait longer with cluster.place_s" + (" and cluster.autoscale_s" if grows else "")
+    )
+
+
+def _waits(groups: Sequence[Group], left_s: float, grows: bool) -> str:
+    wants = "; ".join(group.wants() for group in groups)
+    who = "the autoscaler, or until others end" if grows else "others to end"
+    return f"waiting for {who}, {left_s:.0f} s at most: {wants}"
+
+
+def cluster_nodes() -> list[Node]:
+    """Those that live, with what is free on each."""
     import ray
+    from ray._private.state import available_resources_per_node  # public under `ray.state` until 2.5
 
-    largest = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if gpus > largest:
-        raise PlacementError(
-            f"an engine needs {gpus:g} GPUs on one node, and the largest node has {largest:g}: use a smaller "
-            "tensor_parallel_size, pipeline_parallel_size for more nodes, or gpus_per_worker=0 to run on CPUs"
+    free = available_resources_per_node()
+    return [
+        Node(
+            name=node["NodeManagerAddress"],
+            key=node["NodeID"],
+            total=_external(node["Resources"]),
+            free=_external(free.get(node["NodeID"], {})),
+            labels=dict(node.get("Labels") or {}),
         )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
-def _check_total(demand: EngineDemand) -> None:
-    import ray
+def can_grow() -> bool:
+    """Whether an autoscaler looks after the cluster, as far as Ray tells."""
+    from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
 
-    total = ray.cluster_resources()
-    for name in demand.bundles[0]:
-        wanted = sum(bundle.get(name, 0.0) for bundle in demand.bundles)
-        if wanted > total.get(name, 0.0):
-            raise PlacementError(f"an engine needs {_words(demand)}; the whole cluster has {_words_of(total)}")
+    with contextlib.suppress(Exception):  # none of it is an interface of Ray's
+        if state.get_max_resources_from_cluster_config():
+            return True
+        report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}").get("autoscaler_report") or {}
+        # A cluster without one has a monitor all the same, which calls each node's type "node_<id>".
+        return any(not name.startswith("node_") for name in report.get("active_nodes") or {})
+    return False
 
 
-def _words(demand: EngineDemand) -> str:
-    return f"{len(demand.bundles)} bundles of {_words_of(demand.bundles[0])}"
-
-
-def _words_of(resources: Any) -> str:
-    found = [f"{resources[name]:g} {name}" for name in ("GPU", "CPU") if resources.get(name)]
-    return " and ".join(found) or "neither GPUs nor CPUs"
+def _external(resources: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in resources.items() if not is_internal(name)}

@@ -181,11 +181,17 @@ class PolicySpec:
             gpu_memory_utilization=self.gpu_memory_utilization,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
-            # Over nodes only Ray can start the ranks, in the bundles that `rollout.placement` reserved.
-            distributed_executor="ray" if self.pipeline_parallel_size > 1 else None,
+            distributed_executor=self._executor(),
             enforce_eager=self.enforce_eager,
             engine=self.engine,
         )
+
+    def _executor(self) -> str | None:
+        """Over nodes only Ray can start the ranks, in the bundles that `rollout.placement` reserved. On one node it
+        must not, though vLLM would choose so where it finds itself in a placement group."""
+        if self.pipeline_parallel_size > 1:
+            return "ray"
+        return "mp" if self.tensor_parallel_size > 1 else None
 
     def _endpoint(self) -> dict[str, Any]:
         """What all clients of endpoints are built with."""

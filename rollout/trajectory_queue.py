@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,14 +208,17 @@ class TrajectoryQueue:
         self._actor, self.capacity = actor, capacity
 
     @classmethod
-    def create(cls, capacity: int, *, name: str | None = None) -> TrajectoryQueue:
-        """Start the actor (it lives as long as its creator or any handle of it). `capacity` counts trajectories."""
+    def create(
+        cls, capacity: int, *, name: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> TrajectoryQueue:
+        """Start the actor (it lives as long as its creator or any handle of it). `capacity` counts trajectories;
+        `options` are Ray's, such as where it is."""
         if capacity < 1:
             raise ValueError(f"a queue needs room for at least one trajectory, not capacity={capacity}")
         import ray
 
         actor = ray.remote(_BufferActor).options(  # type: ignore[attr-defined]
-            num_cpus=0, max_concurrency=1000, name=name
+            **{"num_cpus": 0, "max_concurrency": 1000, "name": name, **(options or {})}
         )
         return cls(actor.remote(capacity), capacity)
 
