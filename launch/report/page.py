@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from launch.report import run_sections, sections
@@ -92,10 +93,11 @@ def _samples(samples: list[Sample]) -> Markup:
                 break
         else:
             left_out += 1
+    several = Counter(ledger for ledger, _ in {(ledger, policy) for ledger, policy, _ in groups})
     by_ledger: dict[str, list[Markup]] = {}
     for (ledger, policy, kind), made in shown.items():
         if made:
-            title = policy if policy == ledger else f"{kind.replace('_', ' ')}, {policy}"
+            title = kind.replace("_", " ") + (f", {policy}" if several[ledger] > 1 else "")
             by_ledger.setdefault(ledger, []).append(joined([tag("h4", title), *made]))
     content: list[object] = [
         tag("h2", "Trajectories"),

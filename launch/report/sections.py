@@ -49,7 +49,7 @@ def row_title(row: str) -> str:
 
 
 def ledger_name(ledger: str) -> str:
-    return "Collected for training" if ledger == "training" else row_title(ledger)[:1].upper() + row_title(ledger)[1:]
+    return "collected for training" if ledger == "training" else row_title(ledger)
 
 
 # -- scores

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
@@ -35,6 +35,7 @@ _IN_ARGUMENT = re.compile(
     r"(?P<name>--?[\w\-]*(?:api-?key|token|secret|password|auth)[\w\-]*[= ])\S+|"
     r"(?P<variable>\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)\S+"
 )
+_MISSING = object()
 _MAPS_OF_SECRETS = ("env", "headers", "extra_headers", "default_headers")
 """Mappings whose values may all be secret, where their values are text."""
 
@@ -77,23 +78,51 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 
 def overrides(config: Mapping[str, Any], *, job: str) -> list[str]:
-    """What differs from the recipe that it names, as arguments of the command; `job`: "distill" or "collect".
-
-    Groups are not looked for: `teacher=openai` comes out as the values that it sets.
-    """
-    from launch.config_reading import compose
-
-    recipe = str(config.get("recipe", ""))
-    base: dict[str, Any] = {}
-    chosen: list[str] = []
-    for attempt in ([f"recipe={recipe}"], []):
+    """What differs from the recipe that it names, as arguments of the command; `job`: "distill", "collect" or
+    "evaluate"."""
+    here = _flat(config)
+    for chosen in _starts(config, job):
         try:
-            base, chosen = compose(attempt, name=job), attempt
-            break
-        except Exception:  # a recipe of another version: told as what differs from the job's own defaults
+            there = _flat(_composed(chosen, job))
+        except Exception:  # a recipe or a file of another version or machine: told as what differs from less
             continue
-    there, here = _flat(base), _flat(config)
-    return [*chosen, *(_override(key, value) for key, value in here.items() if key in there and there[key] != value)]
+        given = {argument.partition("=")[0] for argument in chosen}
+        differing = [key for key, value in here.items() if there.get(key, _MISSING) != value and key not in given]
+        return [*chosen, *(_override(key, here[key]) for key in differing)]
+    return []
+
+
+def _starts(config: Mapping[str, Any], job: str) -> Iterator[list[str]]:
+    """Arguments that may lie under the run, the likeliest first: its recipe, the kind of its policy."""
+    if job == "evaluate":
+        policy = config.get("policy") or {}
+        run = [f"run={config['run']}"] if config.get("run") else []
+        named = [_override(f"policy.{name}", policy[name]) for name in ("model", "base_url") if policy.get(name)]
+        group = "student" if policy.get("kind") == "vllm" else policy.get("kind")
+        yield [*run, *named]
+        yield [f"policy={group}", *named]
+        return
+    recipe = [f"recipe={config.get('recipe', '')}"]
+    teacher = config.get("teacher") or {}
+    named = [_override(f"teacher.{name}", teacher[name]) for name in ("model", "base_url") if teacher.get(name)]
+    if teacher.get("kind") not in (None, "expert"):
+        yield [*recipe, f"teacher={teacher['kind']}", *named]
+    yield recipe
+    yield []
+
+
+def _composed(arguments: list[str], job: str) -> Any:
+    """The whole configuration of a command with these arguments. Raises `ValueError`."""
+    from launch.config_reading import load_config, to_plain
+
+    plain = [argument.strip("'") for argument in arguments]
+    if job == "evaluate":
+        from launch.evaluation_reading import load_evaluation
+
+        return to_plain(load_evaluation(plain))
+    from launch.config import CollectConfig, DistillConfig
+
+    return to_plain(load_config(plain, CollectConfig if job == "collect" else DistillConfig))
 
 
 def command(config: Mapping[str, Any], *, job: str) -> str:

@@ -182,6 +182,8 @@ def _candidates(step: Step, clip: int) -> Markup:
         rows.append(tag("li", f"{len(order) - _CANDIDATES} more", class_="note"))
     agreed = f"{round(step.agreement * len(step.candidates))} of {len(step.candidates)} candidates agree"
     told = agreed if len(order) > 1 else f"all {len(step.candidates)} candidates say the same"
+    if len(order) == 1 and step.chosen in order[0]:
+        return tag("p", told, class_="note")
     return details(told, tag("ol", *rows, class_="candidates"))
 
 
