@@ -22,10 +22,27 @@ from launch.live_status import JobStatus
 EVERY_S = 2.0
 
 
-class RayMetrics:
-    """A `StatusSink`. One job at a time: counters count what is new since its last status."""
+def ray_is_there() -> bool:
+    """This process is connected to a Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
-    def __init__(self) -> None:
+
+def ray_metric(metric: Metric) -> Any:
+    from ray.util.metrics import Counter, Gauge
+
+    make: Callable[..., Any] = Gauge if metric.kind == "gauge" else Counter
+    return make(metric.name, metric.help, tag_keys=("run", *metric.labels))
+
+
+class RayMetrics:
+    """A `StatusSink`. One job at a time: counters count what is new since its last status.
+
+    `make`: what a metric is exported with (`set` of a gauge, `inc` of a counter); `there`: whether it can be now.
+    """
+
+    def __init__(self, make: Callable[[Metric], Any] = ray_metric, there: Callable[[], bool] = ray_is_there) -> None:
+        self._make, self._there = make, there
         self._exported: dict[str, Any] = {}
         self._counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._at_s = -EVERY_S
@@ -33,11 +50,11 @@ class RayMetrics:
 
     def take(self, status: JobStatus) -> None:
         shape = (status.state, *((stage.state, len(stage.scores)) for stage in status.stages))
-        if not _connected() or (shape == self._shape and time.monotonic() - self._at_s < EVERY_S):
+        if not self._there() or (shape == self._shape and time.monotonic() - self._at_s < EVERY_S):
             return
         self._at_s, self._shape = time.monotonic(), shape
         if not self._exported:
-            self._exported = {metric.name: _made(metric) for metric in METRICS}
+            self._exported = {metric.name: self._make(metric) for metric in METRICS}
         for sample in samples(status):
             name, labels = sample.metric.name, dict(sample.labels)
             if sample.metric.kind == "gauge":
@@ -56,7 +73,7 @@ class RayMetrics:
 
 def metrics_url() -> str:
     """Where the metrics of this driver's node are; "" where Ray exports none, or there is no Ray."""
-    if not _connected():
+    if not ray_is_there():
         return ""
     import ray
 
@@ -66,15 +83,3 @@ def metrics_url() -> str:
         if node["NodeID"] == here and port > 0:
             return f"http://{node['NodeManagerAddress']}:{port}/metrics"
     return ""
-
-
-def _made(metric: Metric) -> Any:
-    from ray.util.metrics import Counter, Gauge
-
-    make: Callable[..., Any] = Gauge if metric.kind == "gauge" else Counter
-    return make(metric.name, metric.help, tag_keys=("run", *metric.labels))
-
-
-def _connected() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
