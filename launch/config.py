@@ -320,7 +320,11 @@ class DistillConfig(JobConfig):
     """A whole run of `launch/distill.py`."""
 
     run_dir: str
-    """Everything the run leaves behind; a second run of the same command goes on in it."""
+    """Folder or `s3://bucket/path` of everything the run leaves behind; a second run of the same command goes on in
+    it."""
+    scratch: str = ""
+    """Where machines work on a run that is kept in an object store, at the same path on each (`launch.stored_run`);
+    empty: in the machine's folder for temporary files."""
     reuse: tuple[str, ...] = ()
     """Ledgers of earlier runs: those episodes of this run that they hold are taken from there (`launch.reuse`)."""
     learner: LearnerConfig
@@ -333,7 +337,8 @@ class DistillConfig(JobConfig):
     def variables(self) -> list[str]:
         tracking = self.learner.tracking
         asked = {"WANDB_API_KEY": tracking.wandb_project, "MLFLOW_TRACKING_URI": tracking.mlflow_experiment}
-        return JobConfig.variables(self) + [name for name, used in asked.items() if used]
+        stores = STORE_VARIABLES if "://" in self.run_dir else []
+        return JobConfig.variables(self) + [name for name, used in asked.items() if used] + stores
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # `super()` finds no class in a dataclass with slots

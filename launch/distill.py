@@ -4,7 +4,7 @@
     python launch/distill.py seed=1 learner.epochs=3  any value of configs/ can be set
     python launch/distill.py recipe=paper --cfg       print the configuration and stop
     python launch/distill.py recipe=ladder            many runs, and what each step adds: see launch/ladder.py
-    ray job submit --working-dir . -- python launch/distill.py run_dir=/shared/runs/a
+    ray job submit --working-dir . -- python launch/distill.py run_dir=s3://bucket/runs/a
 
 A second run of the same command goes on where the first one stopped.
 """
@@ -38,22 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return config
 
     from launch.job import JobError, run_job
-    from launch.run_folder import RunFolder, RunFolderError
+    from launch.run_folder import RunFolderError, RunLostError
+    from launch.stored_run import open_run
 
-    folder = RunFolder(config.run_dir)
     try:
+        folder = open_run(config)
         with folder.claim(config) as found:
             run_job(config, folder, resumed=found)
     except (RunFolderError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except JobError as error:
-        print(f"error: {error}\nthe same command goes on from {folder.path}", file=sys.stderr)
+    except (JobError, RunLostError) as error:
+        print(f"error: {error}\nthe same command goes on from {folder.place}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {folder.path}", file=sys.stderr)
+        print(f"interrupted; the same command goes on from {folder.place}", file=sys.stderr)
         return 130
-    print(f"results: {folder.results}")
+    print(f"results: {folder.place}/{folder.results.name}")
     return 0
 
 

@@ -64,7 +64,7 @@ def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
 def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resumed: bool) -> None:
     started_s = time.monotonic()
     world = load_world(config, folder.index)
-    view.say(f"run {folder.path}: recipe {config.recipe}, seed {config.seed}")
+    view.say(f"run {folder.place}: recipe {config.recipe}, seed {config.seed}")
     if resumed:
         view.say(_found(folder, config.episodes_of(len(world.train))))
     if folder.results.exists():
@@ -95,6 +95,7 @@ def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resume
         PlacementError,
     ) as error:
         raise JobError(str(error)) from error
+    folder.gather()
     results = _results(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
     write_json(folder.results, results)
     draw_learning_curve(folder.metrics, folder.curve, title=f"{config.recipe}, seed {config.seed}")
@@ -146,11 +147,11 @@ class _Stages:
         live = start_live_evaluation(
             config, self.environments, train=self.world.train, test=self.world.test,
             base=str(_model_folder(config.learner)), group=len(self.assigned), learner_folder=self.folder.learner,
-            scores=self.folder.scores, say=self.view.say,
+            ledgers=self.folder.scores / "while_learning", record=self.folder.watched, say=self.view.say,
         )  # fmt: skip
         learner = LearnerGroup.start(
             learner_config(config, self.folder, total), source, **self.placed.learner(config),
-            publisher=None if live is None else live.publisher,
+            publisher=None if live is None else live.publisher, keeper=self.folder.keeper(),
         )  # fmt: skip
         try:
             learner.run()
@@ -173,6 +174,7 @@ class _Stages:
         finally:
             learner.shutdown()
             queue.kill()
+        self.folder.bring_learner()
         learned = {
             **asdict(final),
             **_first_step(self.folder, total),
@@ -206,6 +208,7 @@ class _Stages:
         first_step, collected, last_step, restarts = self.folder.first_step, False, -1, 0
         with open(self.folder.metrics, "a") as metrics:
             while not (collected and learner.finished()):
+                self.folder.check()
                 if collected:
                     time.sleep(0.5)
                 else:
@@ -243,6 +246,8 @@ class _Stages:
         rows = self._students()
         scores: dict[str, dict[str, Score]] = {}
         workers = start_workers(config, spec, count=1, placed=self.placed) if rows else []
+        if any(weights is not None for _, _, weights in rows):
+            self.folder.bring_student(workers)
         for name, mode, weights in rows:
             scores[name] = run_evaluation(
                 config, self.environments, workers, self.world.test, policy=spec.policy_name,
@@ -335,12 +340,9 @@ def _file_name(name: str) -> str:
 
 def _found(folder: RunFolder, episodes: int) -> str:
     """What an earlier job left, in one line."""
-    recorded = len(Ledger(folder.ledger).keys()) if folder.ledger.exists() else 0
-    checkpoints = folder.learner / "checkpoints"
-    steps = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
-    evaluated = sorted(path.name for path in folder.scores.iterdir()) if folder.scores.is_dir() else []
+    steps, evaluated = folder.checkpoints(), folder.evaluated()
     parts = [
-        f"{recorded} of {episodes} trajectories",
+        f"{len(Ledger(folder.ledger).keys())} of {episodes} trajectories",
         f"checkpoints {', '.join(steps)}" if steps else "no checkpoint",
         f"evaluations {', '.join(evaluated)}" if evaluated else "no evaluation",
     ]
@@ -378,8 +380,8 @@ def _results(
         "seed": config.seed,
         "minutes": round(minutes, 2),
         "scores": scores_to_json(scores),
-        "student": str(folder.student),
-        "learning_curve": str(folder.curve),
+        "student": f"{folder.place}/learner/student",
+        "learning_curve": f"{folder.place}/{folder.curve.name}",
         "learner": learned,
         "environment": describe_environment(),
         "config": to_plain(config),

@@ -121,16 +121,16 @@ def start_live_evaluation(
     base: str,
     group: int,
     learner_folder: Path,
-    scores: Path,
+    ledgers: Path,
+    record: Path,
     say: Callable[[str], None],
 ) -> LiveEvaluation | None:
     """With a worker of its own, whose engine begins to load; None where the configuration asks for none."""
     if not config.evaluate.during_training_every_steps:
         return None
     workers = StudentWorkers(
-        config, environments, watched_tasks(config, train, test), base=base, group=group,
-        ledgers=scores / "while_learning",
-    )  # fmt: skip
+        config, environments, watched_tasks(config, train, test), base=base, group=group, ledgers=ledgers
+    )
     actors: list[Any] = workers.actors()
     for actor in actors:
         actor.start.remote()
@@ -140,7 +140,7 @@ def start_live_evaluation(
         # One that loads for the first time is slow, and no worse for it.
         publisher=WeightSync(handles, deadline_s=config.evaluate.publish_deadline_s, late="exclude"),
         published=learner_folder / "published",
-        record=scores / "while_learning.jsonl",
+        record=record,
         say=say,
         end=workers.close,
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def check(config: DistillConfig) -> None:
     """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not
     answer."""
-    from launch.run_folder import RunFolder
+    from launch.stored_run import open_run
     from learner.needed_scores import configured_scorer, refuse_missing_scores
     from learner.objectives import OBJECTIVES, make_objective
     from learner.tracking import check_installed
@@ -47,7 +47,7 @@ def check(config: DistillConfig) -> None:
     _check_model("learner.model_path", config.learner.model_path)
     _check_lasting("run_dir", config.run_dir)
     check_reuse(config)
-    _check_job(config, RunFolder(config.run_dir).index)
+    _check_job(config, open_run(config).index)
 
 
 def check_collection(config: CollectConfig) -> None:
@@ -111,8 +111,10 @@ def _check_prices(key: str, spec: PolicySpec, usd: float | None) -> None:
 def _check_lasting(key: str, folder: str) -> None:
     """A submitted job runs in a copy of the working directory that Ray removes some day."""
     if "working_dir_files" in Path.cwd().parts and "://" not in folder and not Path(folder).is_absolute():
-        lasting = "an absolute path that all nodes share" + (" or s3://bucket/path" if key == "out" else "")
-        raise ConfigError(f"config {key}: {folder!r} would vanish with the submitted job's copy; give {lasting}")
+        raise ConfigError(
+            f"config {key}: {folder!r} would vanish with the submitted job's copy; give an absolute path that all "
+            "nodes share or s3://bucket/path"
+        )
 
 
 def _check_tokenizer(key: str, tokenizer: str) -> None:

@@ -1,7 +1,9 @@
 """The folder of a run: one configuration, one job at a time, and where everything in it is.
 
 `config.json` holds the configuration that the folder belongs to; a job with another one is refused and told what
-differs. A lock that dies with its process keeps two jobs from sharing the folder."""
+differs. A lock that dies with its process keeps two jobs from sharing the folder. A run in an object store works in
+such a folder, too: `launch.stored_run`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 from launch.config import DistillConfig, JobConfig
 from launch.config_reading import parse_config, to_plain
+from learner.base import FolderKeeper
 
 # What may differ between two jobs on the same folder: where it runs and how long it waits, not what it computes.
 FREE = (
@@ -39,6 +42,7 @@ FREE = (
     "rollout.retry_quarantined",
     "rollout.workers",
     "run_dir",
+    "scratch",
     "spend",
 )
 POLICY_FIXED = ("kind", "name", "model", "tokenizer", "prefill", "extra_body", "dtype", "max_model_len", "world_seed")
@@ -52,11 +56,17 @@ class RunFolderError(ValueError):
     """A folder that this run must not use; the message says why and what to do."""
 
 
+class RunLostError(RuntimeError):
+    """The job must end: what it does can no longer be kept."""
+
+
 class RunFolder:
-    """Paths of one run."""
+    """Paths of one run. What a job does for a run that lasts elsewhere has nothing to do here."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
+        self.place = str(self.path)
+        """Where the run lasts, for people."""
         self.ledger = self.path / "ledger"
         self.index = self.path / "index"
         self.learner = self.path / "learner"
@@ -65,7 +75,8 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.curve = self.path / "learning_curve.png"
         self.metrics = self.path / "metrics.jsonl"
-        self.spend = self.path / "spend.jsonl"
+        self.spend: Path | str = self.path / "spend.jsonl"
+        self.watched = self.path / "evaluation" / "while_learning.jsonl"
         self.first_step = self.path / "first_step.json"
 
     def config(self) -> DistillConfig:
@@ -85,6 +96,37 @@ class RunFolder:
         if self.path.exists() and not record.exists() and any(self.path.iterdir()):
             raise RunFolderError(f"run_dir {self.path} is not empty and holds no run; choose another run_dir")
         self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked(config) as found:
+            yield found
+
+    def check(self) -> None:
+        """Asked often by a job. Raises `RunLostError`."""
+
+    def keeper(self) -> FolderKeeper | None:
+        """Who keeps what the learner writes; None: it lasts where it is."""
+        return None
+
+    def bring_learner(self) -> None:
+        """The learner has ended: see what it wrote in `learner`. Raises `OSError`."""
+
+    def bring_student(self, actors: Sequence[Any]) -> None:
+        """Let these Ray actors find the student in `student`. Raises `RunLostError`."""
+
+    def gather(self) -> None:
+        """Have the ledgers in `path`, too, for those who read a run as one folder. Raises `OSError`."""
+
+    def evaluated(self) -> list[str]:
+        """Names of the evaluations that have a ledger."""
+        return sorted(path.name for path in self.scores.iterdir() if path.is_dir()) if self.scores.is_dir() else []
+
+    def checkpoints(self) -> list[str]:
+        """Names, oldest first."""
+        folder = self.learner / "checkpoints"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    @contextmanager
+    def _locked(self, config: DistillConfig) -> Iterator[bool]:
+        record = self.path / "config.json"
         with open(self.path / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +137,8 @@ class RunFolder:
             found = record.exists()
             plain = to_plain(config)
             if found:
-                check_same(f"run_dir {self.path}", read_record(record.read_text(), record, DistillConfig), config, FREE)
+                old = read_record(record.read_text(), record, DistillConfig)
+                check_same(f"run_dir {self.place}", old, config, FREE)
             write_json(record, plain)
             yield found
 

@@ -19,7 +19,9 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from rollout.trajectory import Trajectory
@@ -42,6 +44,19 @@ class TrajectorySource(Protocol):
 
     def next(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
         """1 to `max_trajectories` of them, [] when none came within `timeout_s`, None when the stream has ended."""
+        ...
+
+
+class FolderKeeper(Protocol):
+    """Sees to it that the learner's folder outlives its machine; the learner just writes there. Picklable."""
+
+    def kept(self, folder: Path, *, rank: int, attempt: str) -> AbstractContextManager[None]:
+        """Around a rank's whole run, which begins with what was there before; all that is new lasts once it has ended.
+        `attempt` is the same for all ranks that start together, and for no others."""
+        ...
+
+    def check(self) -> None:
+        """Asked now and then, from any thread; raises when what is written does not last any more."""
         ...
 
 

@@ -26,9 +26,10 @@ import dataclasses
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
+from learner.base import FolderKeeper, LearnerError, Progress, RankLostError, TrajectorySource
 from learner.config import LearnerConfig
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class RankActor:
 
     def __init__(self) -> None:
         self._learner: Any = None
+        self._keeper: FolderKeeper | None = None
+        self._attempt = ""
 
     def address(self) -> tuple[str, int]:
         """This actor's host and a TCP port that is free there."""
@@ -67,6 +70,7 @@ class RankActor:
         master: tuple[str, int],
         scorer: Scorer | None = None,
         publisher: WeightPublisher | None = None,
+        keeper: FolderKeeper | None = None,
     ) -> None:
         """Make the learner; raises what its constructor raises."""
         import os
@@ -75,11 +79,19 @@ class RankActor:
 
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]), OMP_NUM_THREADS=str(config.threads))
         self._learner = Learner(config, source, rank=rank, world_size=world_size, scorer=scorer, publisher=publisher)
+        self._keeper, self._attempt = keeper, f"{master[0]}-{master[1]}"
 
     def run(self) -> Progress:
-        return self._learner.run()
+        if self._keeper is None:
+            return self._learner.run()
+        learner = self._learner
+        with self._keeper.kept(Path(learner.config.output_dir), rank=learner.rank, attempt=self._attempt):
+            return learner.run()
 
     def progress(self) -> Progress:
+        """Raises what the keeper of the folder raises."""
+        if self._keeper is not None:
+            self._keeper.check()
         return self._learner.progress() if self._learner is not None else Progress()
 
     def report_score(self, step: int, score: float) -> None:
@@ -103,12 +115,14 @@ class LearnerGroup:
         actor_options: Mapping[str, Any],
         scorer: Scorer | None,
         publisher: WeightPublisher | None,
+        keeper: FolderKeeper | None,
         timeout_s: float,
     ) -> None:
         self._config = config
         self._source = source
         self._scorer = scorer
         self._publisher = publisher
+        self._keeper = keeper
         self._placement = placement
         self._actor_options = dict(actor_options)
         self._timeout_s = timeout_s
@@ -135,9 +149,11 @@ class LearnerGroup:
         env_vars: Mapping[str, str] | None = None,
         scorer: Scorer | None = None,
         publisher: WeightPublisher | None = None,
+        keeper: FolderKeeper | None = None,
         timeout_s: float = 120.0,
     ) -> LearnerGroup:
-        """Start `config.ranks` actors, all or none; `scorer` and `publisher` are pickled to rank 0 like the source.
+        """Start `config.ranks` actors, all or none; `scorer` and `publisher` are pickled to rank 0 like the source,
+        `keeper` to every rank.
         Raises `LearnerError` when the cluster has no room for them in time.
 
         `resources`: custom ones of each rank. `placement`: a placement group with a bundle for each rank, which is
@@ -167,6 +183,7 @@ class LearnerGroup:
             actor_options=options,
             scorer=scorer,
             publisher=publisher,
+            keeper=keeper,
             timeout_s=timeout_s,
         )
         try:
@@ -301,6 +318,7 @@ class LearnerGroup:
                 master,
                 self._scorer if i == 0 else None,
                 self._publisher if i == 0 else None,
+                self._keeper,
             )
             for i, one in enumerate(self._actors)
         ]

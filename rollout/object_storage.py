@@ -79,15 +79,19 @@ class ObjectStorage:
     def list(self, folder: str) -> list[Stored]:
         return [each for each in self._scan(folder) if not is_leftover(each.name)]
 
+    def walk(self, folder: str) -> list[Stored]:
+        return [each for each in self._scan(folder, recursive=True) if not is_leftover(each.name)]
+
     def leftovers(self, *folders: str) -> list[Stored]:
         return [each for folder in folders for each in self._scan(folder) if is_leftover(each.name)]
 
-    def _scan(self, folder: str) -> list[Stored]:
+    def _scan(self, folder: str, *, recursive: bool = False) -> list[Stored]:
         with self._told("list"):
             fs = self._fs()
             from pyarrow.fs import FileSelector
 
-            found = fs.get_file_info(FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True))
+            place = f"{self._root}/{folder}".rstrip("/")
+            found = fs.get_file_info(FileSelector(place, allow_not_found=True, recursive=recursive))
         return sorted(
             (
                 Stored(
@@ -157,7 +161,7 @@ class ObjectStorage:
             time.sleep(random.uniform(0.05, 1.0))
         return False
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes | pa.Buffer) -> None:
         self._put(name, data)
 
     def remove(self, *names: str) -> None:

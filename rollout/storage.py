@@ -64,6 +64,10 @@ class Storage(Protocol):
         """The files of a folder by name, leftovers left out; empty when there is no such folder."""
         ...
 
+    def walk(self, folder: str) -> list[Stored]:
+        """The files of a folder and of all folders in it, as `list`."""
+        ...
+
     def read(self, name: str) -> bytes: ...
 
     def open(self, name: str) -> pa.NativeFile:
@@ -81,7 +85,7 @@ class Storage(Protocol):
         """Create the file, unless it exists: False. Of several who try at the same time one at most succeeds."""
         ...
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes | pa.Buffer) -> None:
         """Readers see the old content or the new one."""
         ...
 
@@ -147,6 +151,11 @@ class FolderStorage:
     def list(self, folder: str) -> list[Stored]:
         return [each for each in self._scan(folder) if not is_leftover(each.name)]
 
+    def walk(self, folder: str) -> list[Stored]:
+        places = [str(Path(path).relative_to(self._folder)) for path, _, _ in os.walk(self._folder / folder)]
+        found = [each for place in places for each in self.list("" if place == "." else place)]
+        return sorted(found, key=lambda each: each.name)
+
     def leftovers(self, *folders: str) -> list[Stored]:
         return [each for folder in folders for each in self._scan(folder) if is_leftover(each.name)]
 
@@ -200,7 +209,7 @@ class FolderStorage:
             return False
         return True
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes | pa.Buffer) -> None:
         target = self._folder / name
         temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}.tmp")
         try:
