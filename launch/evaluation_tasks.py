@@ -18,7 +18,7 @@ from envs.base import Task, TaskError
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import TasksConfig, TaskSet
 from launch.evaluation_config import BenchmarkConfig, BenchmarkSet, EvaluationConfig, EvaluationJob
-from launch.world import load_world
+from launch.world import load_world, retriever_of
 
 _DEPTH = 4
 """How far below its folder a benchmark's files are looked for."""
@@ -49,8 +49,10 @@ def load_tasks_of(config: EvaluationConfig, index: Path) -> EvaluationWorld:
     found = benchmark_files(benchmark) if benchmark.name else {}
     tasks = _benchmark_tasks(benchmark, found) if found else replace(config.tasks, train=(), train_count=1)
     jobs = {mode: config.job(mode, tasks) for mode in config.modes}
-    worlds = {mode: load_world(job, index) for mode, job in jobs.items()}
-    test = _distinct(next(iter(worlds.values())).test)
+    first, *others = jobs
+    world = load_world(jobs[first], index)
+    retrievers = {first: world.retriever} | {mode: retriever_of(jobs[mode], index) for mode in others}
+    test = _distinct(world.test)
     if not any(task.grader == "judge" for task in test):  # a judge that is never asked needs no key
         jobs = {mode: replace(job, env=replace(job.env, judge=None)) for mode, job in jobs.items()}
     else:
@@ -64,7 +66,7 @@ def load_tasks_of(config: EvaluationConfig, index: Path) -> EvaluationWorld:
     return EvaluationWorld(
         tasks=test,
         jobs=jobs,
-        retrievers={mode: world.retriever for mode, world in worlds.items()},
+        retrievers=retrievers,
         domains={each.kind: each.domain for each in benchmark.sets} if found else {},
         notes=[f"fewer questions than the benchmark has: {', '.join(fewer)}"] if fewer else [],
     )

@@ -39,6 +39,12 @@ def load_world(config: JobConfig, index_folder: Path) -> World:
     return World(train, test, _retriever(config, starter, index_folder))
 
 
+def retriever_of(config: JobConfig, index_folder: Path) -> RetrieverSpec | None:
+    """What is searched alone, without the tasks. Raises as `load_world` does."""
+    starter = StarterWorld(config.tasks.seed) if config.tasks.source == "starter" else None
+    return _retriever(config, starter, index_folder)
+
+
 def _load(task_set: TaskSet) -> list[Task]:
     return load_tasks(
         task_set.path, kind=task_set.kind, grader=task_set.grader, columns=task_set.columns, limit=task_set.count
