@@ -21,6 +21,7 @@ from launch.evaluation_rows import Row, keys_of, pairs
 from launch.evaluation_tables import tables
 from launch.evaluation_tasks import EvaluationWorld
 from launch.live import LiveView
+from launch.live_ray_metrics import metrics_url
 from launch.run_folder import write_json
 from launch.spending import JobMeter
 from launch.wiring import Environments, start_evaluation, start_workers
@@ -97,6 +98,8 @@ def _run(
     first = next((mode for mode in modes if world.retrievers[mode] is not None), modes[0])
     with ray_cluster(config.cluster, variables=world.jobs[first].variables()) as what:
         view.say(f"Ray: {what}")
+        view.connected(metrics_url())
+        view.plan(*(f"{config.policy.policy_name}, {mode}" for mode in modes))
         meter = JobMeter.start(world.jobs[first], folder.spend)
         try:
             started = Environments.start(world.jobs[first], world.retrievers[first], slots=slots)
@@ -109,7 +112,8 @@ def _run(
                     settings=job.episode, ledger=folder.ledger(config.policy.policy_name, mode),
                     samples=config.runs(mode),
                 )  # fmt: skip
-                watch_evaluation(collection, view, f"{config.policy.policy_name}, {mode}")
+                name = config.policy.policy_name
+                watch_evaluation(collection, view, f"{name}, {mode}", policy=name, meter=meter)
             if meter is not None:
                 view.say(f"spent: {meter.snapshot()}")
         finally:
