@@ -82,20 +82,24 @@ class AskView:
 
 
 def votes(step: Mapping[str, Any]) -> str:
-    """How the candidates of a step voted: the chosen one's votes, then those of the others by what they saw."""
+    """How the candidates of a step voted: the chosen one's votes, those of the others by what they saw, and how many
+    had none."""
     candidates = step["candidates"]
     chosen = candidates[step["chosen"]]
     groups: dict[str, int] = {}
-    left = len(candidates)
+    failed = spared = 0
     for candidate in candidates:
-        same = candidate["votes"] == chosen["votes"] and candidate["observation"] == chosen["observation"]
-        if candidate["votes"] and not same:
-            seen = " ".join(candidate["observation"].split()) or "nothing"
-            seen = seen if len(seen) <= _SHOWN_CHARACTERS else f"{seen[:_SHOWN_CHARACTERS]}…"
-            groups[seen] = candidate["votes"]
-            left -= 1
-        elif candidate["votes"]:
-            left -= 1
+        if candidate["votes"]:
+            if (candidate["votes"], candidate["observation"]) != (chosen["votes"], chosen["observation"]):
+                seen = " ".join((candidate["observation"] if candidate["ran"] else candidate["text"]).split())
+                seen = seen if len(seen) <= _SHOWN_CHARACTERS else f"{seen[:_SHOWN_CHARACTERS]}…"
+                groups[seen] = candidate["votes"]
+        elif candidate["ran"]:
+            failed += 1
+        else:
+            spared += 1
     told = [f"votes: {chosen['votes']} of {len(candidates)} for this"]
     told += [f"{count} for {seen!r}" for seen, count in sorted(groups.items(), key=lambda group: -group[1])]
-    return "; ".join(told + ([f"{left} without a vote"] if left else []))
+    told += [f"{failed} failed"] if failed else []
+    told += [f"{spared} not run, as the vote was decided"] if spared else []
+    return "; ".join(told)
