@@ -55,15 +55,16 @@ class TensorBoardFigures:
 def figures(status: JobStatus) -> dict[str, float]:
     """Tag -> number: `job/...` of the whole, `<stage>/...` of its rollouts, `scores/<stage>/<kind>` at the end."""
     numbers: dict[str, float] = {}
-    if status.queue is not None:
-        numbers["job/queue"] = status.queue.depth
-    if status.learning is not None:
-        numbers["job/trained"] = status.learning.fraction
-        numbers["job/learner waited s"] = status.learning.wait_s
+    stage = status.current
+    if stage is not None and stage.learns:
+        if status.queue is not None:
+            numbers["job/queue"] = status.queue.depth
+        if status.learning is not None:
+            numbers["job/trained"] = status.learning.fraction
+            numbers["job/learner waited s"] = status.learning.wait_s
     if status.spent is not None:
         numbers["job/spent usd"] = status.spent.spent_usd
         numbers["job/spent tokens"] = status.spent.tokens
-    stage = status.current
     if stage is not None and stage.episodes is not None:
         numbers |= _rollouts(stage)
     for stage in status.stages:

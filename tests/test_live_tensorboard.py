@@ -23,9 +23,9 @@ def test_event_files_hold_the_figures_over_the_seconds_of_the_whole_run(tmp_path
     sink.take(replace(scored_status(), updated_unix_s=NOW_S + 60))  # another stage: told at once
     sink.close()
     events = read(tmp_path / "tensorboard")
-    queue = events.Scalars("job/queue")
-    assert [(event.step, event.value) for event in queue] == [(1272, 205.0), (1332, 205.0)]
-    assert queue[0].wall_time == STARTED_S + 272
+    (queue,) = events.Scalars("job/queue")
+    assert (queue.step, queue.value, queue.wall_time) == (1272, 205.0, NOW_S)
+    assert [event.step for event in events.Scalars("job/spent usd")] == [1272, 1332]
     (success,) = events.Scalars("rollouts/success")
     assert success.value == pytest.approx(2380 / 2440)
     (score,) = events.Scalars("scores/untrained/arithmetic")
