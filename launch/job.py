@@ -57,7 +57,7 @@ class JobError(RuntimeError):
 
 def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     """Everything from tasks to `results.json`. Raises `JobError`; whatever it started is ended in any case."""
-    with reported(folder.path), distill_view(config, folder) as view:
+    with reported(folder.path, ledgers=folder.place), distill_view(config, folder) as view:
         _run_job(config, folder, view, resumed=resumed)
 
 

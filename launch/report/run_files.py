@@ -108,33 +108,39 @@ class RunFiles:
         yield from _objects(iter(text.splitlines()))
 
 
-def find(place: str | Path) -> RunFiles:
-    """Raises `ReportError` for a place where there is neither a run nor a ledger."""
+def find(place: str | Path, *, ledgers: str | Path | None = None) -> RunFiles:
+    """`ledgers`: where the run's ledgers are, when that is elsewhere (`launch.stored_run`).
+
+    Raises `ReportError` for a place where there is neither a run nor a ledger, or that cannot be read."""
     try:
-        storage = open_storage(place)
-    except ValueError as error:
+        return _find(place, ledgers)
+    except (LedgerError, ValueError) as error:
         raise ReportError(str(error)) from None
-    folder = Path(place).absolute() if isinstance(storage, FolderStorage) else None
-    where = str(folder) if folder is not None else str(place).rstrip("/")
-    if folder is not None:
-        if not folder.is_dir():
+    except OSError as error:
+        raise ReportError(f"{place} cannot be read: {error.strerror or error}") from None
+
+
+def _find(place: str | Path, ledgers: str | Path | None) -> RunFiles:
+    storage = open_storage(place)
+    where = str(place).rstrip("/")
+    if isinstance(storage, FolderStorage):
+        if not Path(place).is_dir():
             raise ReportError(f"{place} is no folder; name a run's folder or a ledger's")
-        storage = open_storage(folder)
-    config, status = _read(storage, "config.json"), _read(storage, STATUS)
+        where = str(Path(place).absolute())
+        storage = open_storage(where)
+    config = _read(storage, "config.json")
     results = _read(storage, "results.json") or _read(storage, "summary.json")
-    try:
-        is_ledger = _read(storage, ledger_mark.MARK) is not None and ledger_mark.version(storage) is not None
-    except LedgerError as error:
-        raise ReportError(str(error)) from None
-    if is_ledger:
-        kind, ledgers = Kind.LEDGER, (LedgerFiles(name=_last(where), role=Role.EVALUATION, uri=where),)
+    beside = str(ledgers or where)
+    found: tuple[LedgerFiles, ...]
+    if _read(storage, ledger_mark.MARK) is not None and ledger_mark.version(storage) is not None:
+        kind, found = Kind.LEDGER, (LedgerFiles(name=_last(where), role=Role.EVALUATION, uri=where),)
     elif config is not None and "run_dir" in config and "learner" in config:
-        kind, ledgers = Kind.DISTILL, _of_run(folder)
-    elif config is not None and "out" in config and "scratch" in config:
-        kind, ledgers = Kind.COLLECT, _of_collection(where, storage)
+        kind, found = Kind.DISTILL, (*_training(beside), *_evaluations(beside, "evaluation"))
+    elif config is not None and "out" in config and "split" in config and "policy" not in config:
+        kind, found = Kind.COLLECT, _training(beside)
     else:
-        kind, ledgers = Kind.EVALUATE, _evaluations(folder, folder) if folder is not None else ()
-    if not ledgers and config is None and results is None:
+        kind, found = Kind.EVALUATE, _evaluations(beside, "")
+    if not found and config is None and results is None:
         raise ReportError(f"{place} holds no run and no ledger: no config.json, no ledger.json in it")
     return RunFiles(
         kind=kind,
@@ -144,65 +150,76 @@ def find(place: str | Path) -> RunFiles:
         config=config,
         results=results,
         learned=_read(storage, "learner/final.json"),
-        status=status,
-        ledgers=ledgers,
+        status=_read(storage, STATUS),
+        ledgers=found,
     )
 
 
-def _of_run(folder: Path | None) -> tuple[LedgerFiles, ...]:
-    if folder is None:
-        return ()
-    training = folder / "ledger"
-    found = [LedgerFiles(name="training", role=Role.TRAINING, uri=str(training))] if _marked(training) else []
-    return (*found, *_evaluations(folder / "evaluation", folder / "evaluation"))
-
-
-def _of_collection(where: str, storage: Storage) -> tuple[LedgerFiles, ...]:
-    place, mark, options = where.partition("?")
-    uri = f"{place.rstrip('/')}/ledger{mark}{options}"
-    there = any(each.name.endswith(ledger_mark.MARK) for each in storage.list("ledger"))
+def _training(place: str) -> tuple[LedgerFiles, ...]:
+    uri = _below(place, "ledger")
+    there = _read(open_storage(uri), ledger_mark.MARK) is not None
     return (LedgerFiles(name="training", role=Role.TRAINING, uri=uri),) if there else ()
 
 
-def _evaluations(folder: Path | None, top: Path | None) -> tuple[LedgerFiles, ...]:
-    if folder is None or top is None:
-        return ()
+def _evaluations(place: str, folder: str) -> tuple[LedgerFiles, ...]:
+    """All ledgers below, the teacher's last; of students that still learned behind them."""
+    storage = open_storage(place)
     found: list[LedgerFiles] = []
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(set(folders) - _NO_LEDGERS)
-        relative = Path(path).relative_to(top)
-        if ledger_mark.MARK in files:
-            folders.clear()
-            watched = _WHILE_LEARNING.search(relative.as_posix())
-            role = Role.EVALUATION if watched is None else Role.WATCH
-            name = _row(Path(path).parent) or ", ".join(part for part in relative.parts if part != "ledger")
-            step = None if watched is None else int(watched.group(1))
-            found.append(LedgerFiles(name=name, role=role, uri=path, step=step))
-        elif len(relative.parts) >= _DEPTH:
-            folders.clear()
+    for below in _local(Path(place), folder) if isinstance(storage, FolderStorage) else _stored(storage, folder):
+        watched = _WHILE_LEARNING.search(below)
+        parts = [part for part in below.removeprefix(folder).split("/") if part and part != "ledger"]
+        name = _row(storage, below) or ", ".join(parts) or "ledger"
+        found.append(
+            LedgerFiles(
+                name=name,
+                role=Role.EVALUATION if watched is None else Role.WATCH,
+                uri=_below(place, below),
+                step=None if watched is None else int(watched.group(1)),
+            )
+        )
     found.sort(key=lambda each: (_ORDER.index(each.name) if each.name in _ORDER else len(_ORDER), each.name))
-    # The teacher last, whatever other rows there are.
     found.sort(key=lambda each: each.name.startswith("teacher"))
     kept = [each for each in found if each.role is Role.EVALUATION][:_MOST_LEDGERS]
     return (*kept, *[each for each in found if each.role is Role.WATCH][:_MOST_LEDGERS])
 
 
-def _row(folder: Path) -> str:
+def _local(top: Path, folder: str) -> Iterator[str]:
+    """Relative names of the ledgers below `top/folder`; into a ledger itself nobody looks."""
+    for path, folders, files in os.walk(top / folder):
+        folders[:] = sorted(set(folders) - _NO_LEDGERS)
+        relative = Path(path).relative_to(top)
+        if ledger_mark.MARK in files:
+            folders.clear()
+            yield relative.as_posix()
+        elif len(relative.parts) > _DEPTH:
+            folders.clear()
+
+
+def _stored(storage: Storage, folder: str) -> Iterator[str]:
+    for each in storage.walk(folder):
+        before, _, last = each.name.rpartition("/")
+        if last == ledger_mark.MARK:
+            yield before
+
+
+def _row(storage: Storage, ledger: str) -> str:
     """What an evaluation calls the row that is beside its ledger; "" where it says nothing."""
-    found = _read(open_storage(folder), "row.json") or {}
+    found = _read(storage, f"{ledger.rpartition('/')[0]}/row.json".lstrip("/")) or {}
     policy, mode = found.get("policy"), found.get("mode")
     return f"{policy}, {mode}" if isinstance(policy, str) and isinstance(mode, str) else ""
 
 
-def _marked(folder: Path) -> bool:
-    return (folder / ledger_mark.MARK).is_file()
+def _below(place: str, name: str) -> str:
+    """`name` in a folder, or in a bucket whose URI may end in options."""
+    path, mark, options = place.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
 def _read(storage: Storage, name: str) -> dict[str, Any] | None:
-    """A JSON object; None where there is none that can be read."""
+    """A JSON object; None where there is none. Raises `OSError` for a store that cannot be read."""
     try:
         found = json.loads(storage.read(name))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -24,16 +24,23 @@ from rollout.storage import FolderStorage, open_storage
 REPORT = "report.html"
 
 
-def write_report(place: str | Path, out: str | Path | None = None, data: str | Path | None = None) -> str:
+def write_report(
+    place: str | Path,
+    out: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    ledgers: str | Path | None = None,
+) -> str:
     """Makes the page of a run, a collection, an evaluation or a ledger, and returns where it is.
 
-    `out`: a file; without it `report.html` in the place itself. `data`: a file for the figures as JSON, too.
+    `out`: a file; without it `report.html` in the place itself. `data`: a file for the figures as JSON, too. `ledgers`:
+    where the run's ledgers are, when that is elsewhere.
     Raises `ReportError` for a place where there is nothing, and `OSError` where nothing can be written.
     """
     from launch.report.figures import gather
     from launch.report.page import html_page
 
-    files = find(place)
+    files = find(place, ledgers=ledgers)
     figures = gather(files)
     page = html_page(figures)
     if data is not None:
@@ -45,7 +52,9 @@ def write_report(place: str | Path, out: str | Path | None = None, data: str | P
 
 
 @contextmanager
-def reported(place: str | Path, *, say: Callable[[str], None] = print) -> Iterator[None]:
+def reported(
+    place: str | Path, *, say: Callable[[str], None] = print, ledgers: str | Path | None = None
+) -> Iterator[None]:
     """Around a job on a run's folder or bucket: leaves its report however it ends. Raises nothing of its own.
 
     It goes around the job's view, so that `status.json` says already how it ended. A report is left as it is when the
@@ -55,16 +64,16 @@ def reported(place: str | Path, *, say: Callable[[str], None] = print) -> Iterat
     try:
         yield
     except BaseException:
-        leave_report(place, say=say)
+        leave_report(place, say=say, ledgers=ledgers)
         raise
     if before is None or before != _results_ns(place):
-        leave_report(place, say=say)
+        leave_report(place, say=say, ledgers=ledgers)
 
 
-def leave_report(place: str | Path, *, say: Callable[[str], None] = print) -> None:
+def leave_report(place: str | Path, *, say: Callable[[str], None] = print, ledgers: str | Path | None = None) -> None:
     """`write_report`, and one line of where it is or why there is none."""
     try:
-        say(f"report: {write_report(place)}")
+        say(f"report: {write_report(place, ledgers=ledgers)}")
     except Exception as error:  # whatever it is, the job itself is done
         line = text_without_secrets(" ".join(str(error).split()))[:300]
         say(f"no report could be made: {line or type(error).__name__}")
