@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import json
 import os
 import pty
 import subprocess
 import sys
+import termios
+import threading
 from pathlib import Path
 
 import pytest
-from serving_samples import in_order, run, serving, write_run
+from serving_samples import GatedPolicy, in_order, run, serving, write_run
 
 from envs.pool import EnvHost, EnvSpec
 from launch.ask import main
@@ -90,33 +93,50 @@ def test_what_a_server_refuses_is_told(host, capsys):
     assert "--model 'other' is not served at" in capsys.readouterr().err
 
 
-def test_a_question_in_a_terminal_is_answered_and_the_end_of_input_ends_it(host):
+def test_in_a_terminal_an_answer_can_be_stopped_and_the_end_of_input_ends_it(host):
+    waits = threading.Event()
+
     async def scenario():
-        async with serving(host, in_order("print(6 * 7)", "final_answer('forty-two')")) as served:
-            return await asyncio.to_thread(talk, served.url)
+        policy = GatedPolicy()
+        async with serving(host, policy, places=1, line=0) as served:
+            talking = asyncio.create_task(asyncio.to_thread(talk, served.url))
+            await served.until(lambda: policy.asked == 1)
+            waits.set()
+            await served.until(lambda: policy.cancelled == 1)
+            policy.gates.release()
+            policy.gates.release()
+            return await talking
 
     def talk(url):
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-m", "launch.ask", "--url", url],
             stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env={**os.environ, "TERM": "dumb"},
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(theirs)
         whole = b""
+        question = b"What is 6 times 7?\n"
         try:
-            for until, say in [(b"> ", b"What is 6 times 7?\n"), (b"tool calls", b""), (b"> ", b"\x04")]:
+            for until, say in [
+                (b"> ", question), (b"7?", b""), (b"stopped", b""), (b"> ", question),
+                (b"tool calls", b""), (b"> ", b"\x04"),
+            ]:  # fmt: skip
                 seen = b""
                 while until not in seen:
                     seen += os.read(ours, 1)
                 whole += seen
                 os.write(ours, say)
+                if until == b"7?":
+                    waits.wait(30)
+                    os.write(ours, b"\x03")
             return process.wait(20), whole.decode()
         finally:
             process.kill()
             os.close(ours)
 
     status, seen = run(scenario())
-    assert status == 0 and "answer: forty-two" in seen
+    assert status == 0 and "answer: 42" in seen.split("stopped")[1]
 
 
 @pytest.mark.parametrize(
