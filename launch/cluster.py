@@ -74,7 +74,7 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
             what = "a Ray of its own on this machine"
             if config.metrics_port is not None:
                 what += f", metrics at http://127.0.0.1:{config.metrics_port}/metrics"
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a bare one where the node does not come up in time
         raise ClusterError(f"cannot use Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_stop)  # ray.init puts a handler of its own there

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = job_parser("launch/evaluate.py", __doc__, example="policy=expert or samples=4", epilog=EXIT_CODES)
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and what happens on stderr")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from launch.config_reading import to_plain
     from launch.evaluation_folder import EvaluationFolder

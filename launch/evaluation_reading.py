@@ -123,8 +123,6 @@ def _fill(composed: Any) -> None:
     """What stands for something else: the packaged base student, an adapter's own base."""
     from omegaconf import OmegaConf
 
-    if isinstance(composed.modes, str):
-        composed.modes = composed.modes.split(",")
     composed.modes = [OLD_NAMES.get(mode, mode) for mode in composed.modes]
     policy = composed.policy
     adapter = policy.get("adapter")
@@ -150,6 +148,8 @@ def _override(text: str) -> list[str]:
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         kind = "".join(c if c.isalnum() else "_" for c in Path(value).stem)
         return ["tasks=files", f"++tasks.test=[{{path: '{quoted}', kind: '{kind}'}}]", f"++label='{kind}'"]
+    if key == "modes" and "[" not in value:  # modes=agent,cot
+        return [f"++modes=[{value}]"]
     return [text if key in GROUPS or not key[:1].isalpha() else f"++{text}"]
 
 

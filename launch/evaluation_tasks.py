@@ -18,7 +18,7 @@ from envs.base import Task, TaskError
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import TasksConfig, TaskSet
 from launch.evaluation_config import BenchmarkConfig, BenchmarkSet, EvaluationConfig, EvaluationJob
-from launch.world import load_world, retriever_of
+from launch.world import retriever_of, test_tasks_of
 
 _DEPTH = 4
 """How far below its folder a benchmark's files are looked for."""
@@ -47,12 +47,10 @@ def load_tasks_of(config: EvaluationConfig, index: Path) -> EvaluationWorld:
     """Raises `TaskError` for a missing file, a malformed row, a judge that is not there."""
     benchmark = config.benchmark
     found = benchmark_files(benchmark) if benchmark.name else {}
-    tasks = _benchmark_tasks(benchmark, found) if found else replace(config.tasks, train=(), train_count=1)
+    tasks = _benchmark_tasks(benchmark, found) if found else config.tasks
     jobs = {mode: config.job(mode, tasks) for mode in config.modes}
-    first, *others = jobs
-    world = load_world(jobs[first], index)
-    retrievers = {first: world.retriever} | {mode: retriever_of(jobs[mode], index) for mode in others}
-    test = _distinct(world.test)
+    retrievers = {mode: retriever_of(job, index) for mode, job in jobs.items()}
+    test = _distinct(test_tasks_of(tasks))
     if not any(task.grader == "judge" for task in test):  # a judge that is never asked needs no key
         jobs = {mode: replace(job, env=replace(job.env, judge=None)) for mode, job in jobs.items()}
     else:

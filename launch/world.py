@@ -11,7 +11,7 @@ from envs.retrieval.spec import RetrieverSpec
 from envs.starter import StarterWorld
 from envs.task_leakage import check_disjoint, without_overlap
 from envs.tasks import load_tasks
-from launch.config import JobConfig, TaskSet
+from launch.config import JobConfig, TasksConfig, TaskSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,13 @@ def load_world(config: JobConfig, index_folder: Path) -> World:
             train = without_overlap(train, test)
         check_disjoint(train, test)
     return World(train, test, _retriever(config, starter, index_folder))
+
+
+def test_tasks_of(tasks: TasksConfig) -> list[Task]:
+    """The held-out tasks alone, in order; two files may use one id. Raises `TaskError`."""
+    if tasks.source == "starter":
+        return StarterWorld(tasks.seed).test_tasks(tasks.test_count)
+    return [task for task_set in tasks.test for task in _load(task_set)]
 
 
 def retriever_of(config: JobConfig, index_folder: Path) -> RetrieverSpec | None:
