@@ -100,6 +100,7 @@ def _run_collection(config: CollectConfig, folder: CollectFolder, view: LiveView
         )
     except (*TROUBLE, OSError) as error:
         raise CollectJobError(str(error)) from error
+    view.conclude(stopped or ("" if summary.complete else summary.closing_line()))
     view.console.print(summary_table(summary))
     view.console.print(summary.curation.table("a student would be trained on"))
     if spent is not None:

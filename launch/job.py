@@ -99,6 +99,7 @@ def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resume
     results = _results(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
     write_json(folder.results, results)
     draw_learning_curve(folder.metrics, folder.curve, title=f"{config.recipe}, seed {config.seed}")
+    view.conclude()
     _show(view, results, folder)
 
 

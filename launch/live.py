@@ -29,7 +29,7 @@ from rich.live import Live
 from launch.intervals import Score
 from launch.live_lines import plain_line
 from launch.live_paces import Pace, Trail
-from launch.live_status import JobStatus, Said, Stage, State, printable
+from launch.live_status import JobStatus, Said, Stage, printable
 from launch.live_terminal import Screen
 from learner.base import Progress
 from rollout.spend import SpendSnapshot
@@ -95,20 +95,29 @@ class LiveView:
         self._stage_began_s = self._started_s
 
     def __enter__(self) -> LiveView:
-        self._open()
+        if self.status.job:  # else there is nothing to show yet
+            self._open()
         self._tell()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        state: State = "done"
-        if error is not None:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        told = printable(str(error) or type(error).__name__) if error is not None and state == "failed" else ""
-        self._change(state=state, error=told)
+        if isinstance(error, KeyboardInterrupt):
+            self._change(state="interrupted")
+        elif error is not None:
+            self._change(state="failed", error=printable(str(error) or type(error).__name__))
+        elif self.status.state == "running":
+            self._change(state="done")
         self._tell()
         self._shut()
         for sink in self._sinks:
             sink.close()
+
+    def conclude(self, stopped: str = "") -> None:
+        """Nothing is left to do but to tell what came of it: that goes below the last picture. `stopped`: why not all
+        was done."""
+        self._change(state="failed" if stopped else "done", error=printable(stopped))
+        self._tell()
+        self._shut()
 
     def connected(self, metrics_url: str) -> None:
         """Where Ray exports metrics; "" where it exports none."""

@@ -214,6 +214,13 @@ def test_how_a_job_ended_is_told(error, state, why):
     assert (sink.seen[-1].state, sink.seen[-1].error) == (state, why)
 
 
+def test_a_job_that_stopped_before_the_end_is_not_done():
+    view, _ = plain_view()
+    with view:
+        view.conclude("the spend cap is used up")
+    assert (view.status.state, view.status.error) == ("failed", "the spend cap is used up")
+
+
 def test_warnings_stay_while_other_lines_pass():
     view, out = plain_view()
     view.warn("a rank died")
@@ -259,6 +266,25 @@ def test_a_terminal_shows_the_screen_and_keeps_the_lines_above_it():
     assert re.search(r"episodes  ━+─+ +565/5500", text)
     last = text[text.rindex("r  distill") :]
     assert "done 00:00" in last and f"✓ {LEARNING}" in last and "\x1b[?25h" in out.getvalue()  # the cursor is back
+
+
+def test_results_come_below_the_last_picture():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, height=24, color_system=None)
+    with LiveView(console, run="r", job="distill") as view:
+        with view.stage(LEARNING):
+            told(view)
+        view.conclude()
+        view.console.print("the table")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert text.rindex("done 00:00") < text.rindex(f"✓ {LEARNING}") < text.index("the table")
+
+
+def test_a_view_of_nothing_shows_nothing():
+    out = io.StringIO()
+    with LiveView(Console(file=out, force_terminal=True, width=80, height=24, color_system=None)) as view:
+        view.console.print("the table")
+    assert out.getvalue() == "the table\n"
 
 
 def test_said_lines_tell_when():
