@@ -70,6 +70,7 @@ def run_evaluation_job(
     minutes = (time.monotonic() - started_s) / 60
     results = _results(config, folder, world, rows, minutes=minutes)
     write_json(folder.results, results)
+    view.conclude()
     for table in tables(list(rows.values()), domains=world.domains):
         view.console.print(table)
     return Outcome(results=results, missing=sum(rows[record.name].missing for record in records.values()))
