@@ -173,18 +173,21 @@ def _python_forms(text: str, like: str) -> list[str]:
     except (_NotMathematicsError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         return []
     if not isinstance(value, (list, tuple, set)):
-        return [sympy.latex(value)]
+        return [_latex(value)]
     forms = []
     if "matrix" in like:
         try:
-            forms.append(sympy.latex(sympy.Matrix(list(value))))
+            forms.append(_latex(sympy.Matrix(list(value))))
         except (TypeError, ValueError):
             pass
     elif isinstance(value, set) or not _is_bracketed(like):
-        forms.append(", ".join(sympy.latex(item) for item in value))
+        forms.append(", ".join(_latex(item) for item in value))
     elif isinstance(value, tuple):
-        forms.append(f"({', '.join(sympy.latex(item) for item in value)})")
+        forms.append(f"({', '.join(_latex(item) for item in value)})")
     return forms
+
+
+_latex = functools.partial(sympy.latex, inv_trig_style="full")  # the parser knows \\arctan, not atan
 
 
 def _is_bracketed(text: str) -> bool:

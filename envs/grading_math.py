@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import math
 import os
 import threading
-import time
 from collections import Counter, OrderedDict
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -129,8 +129,8 @@ class MathGrader:
 
     def stats(self) -> dict[str, int]:
         """Since the start: plain (pairs decided without algebra), comparisons, remembered, started (processes), stopped
-        (comparisons that hit a limit), failed (comparisons that raised inside)."""
-        names = ("plain", "comparisons", "remembered", "started", "stopped", "failed")
+        (comparisons that hit a limit), failed (comparisons that raised inside), cpu_ms (processor time of all)."""
+        names = ("plain", "comparisons", "remembered", "started", "stopped", "failed", "cpu_ms")
         with self._lock:
             return {name: self._counts[name] for name in names}
 
@@ -161,6 +161,7 @@ class MathGrader:
             problem: SandboxError | None = None
             for _ in range(2):  # again when the process died of something else
                 process = self._take()
+                used_s = process.work_s
                 try:
                     execution = process.run(f"verdict({gold!a}, {prediction!a})")
                 except SandboxError as error:
@@ -171,6 +172,7 @@ class MathGrader:
                     process.session.close()
                     raise
                 self._count("comparisons")
+                self._count("cpu_ms", round(1000 * (process.work_s - used_s)))
                 if execution.limit is None:
                     self._give_back(process)
                     if execution.error is not None:
@@ -198,7 +200,7 @@ class MathGrader:
                 self._sandbox = self._start_sandbox()
             sandbox = self._sandbox
         try:
-            process = _Process(sandbox.start(seed=0))
+            process = _Process(sandbox.start(seed=0), self.spec.cpu_s)
             loaded = process.run(_LOAD)
             if loaded.error is not None:
                 process.session.close()
@@ -237,9 +239,9 @@ class MathGrader:
                 return
         process.session.close()
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, by: int = 1) -> None:
         with self._lock:
-            self._counts[name] += 1
+            self._counts[name] += by
 
 
 _Pair = tuple[str, str] | bytes
@@ -255,21 +257,24 @@ def _pair(gold: str, prediction: str) -> _Pair:
 class _Process:
     """A session that has the program loaded, and how much it has been used."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, limit_s: float) -> None:
         self.session = session
         self._runs = 0
-        self._work_s = 0.0
+        self._limit_s = limit_s
+        self.work_s = 0.0
+        """Processor time; a run that had to be killed counts as `limit_s`."""
 
     def run(self, code: str) -> Any:
-        started = time.monotonic()
+        before_s = self.session.cpu_s()
         try:
             return self.session.run(code, _no_tools)
         finally:
             self._runs += 1
-            self._work_s += time.monotonic() - started
+            used_s = self.session.cpu_s() - before_s
+            self.work_s += used_s if math.isfinite(used_s) else self._limit_s
 
     def is_worn(self) -> bool:
-        return self._runs >= _RENEW_AFTER_RUNS or self._work_s >= _RENEW_AFTER_S
+        return self._runs >= _RENEW_AFTER_RUNS or self.work_s >= _RENEW_AFTER_S
 
 
 def _no_tools(name: str, args: list, kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.grader_answers import pathological
 from envs import grading_math
 from envs.base import EnvError, Task
-from envs.grading import grade
+from envs.grading import grade, grade_many
 from envs.grading_math import MathGrader, MathSpec, configure_math, shared_math_grader
 from envs.sandbox import SandboxError
 
@@ -157,6 +159,15 @@ def test_no_answer_can_hang_the_grader(bombed, bomb):
     assert bombed[bomb].next_equal
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(pathological()))
+def test_no_pathological_answer_is_taken_for_right(grader, name):
+    make, rng = pathological()[name], random.Random(0)
+    for gold in ("10", "x^2+1", r"\frac{1}{2}", "[1, 2)"):
+        assert not grader.equal(gold, make(rng))
+    assert grader.stats()["failed"] == 0
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -235,6 +246,25 @@ def test_equal_questions_are_compared_once(grader):
     assert after["comparisons"] == before["comparisons"] + 1 and after["remembered"] == before["remembered"] + 2
 
 
+def test_a_question_that_is_being_answered_is_not_asked_again():
+    with MathGrader(MathSpec(processes=2, cpu_s=1)) as grader, ThreadPoolExecutor(4) as threads:
+        assert not any(threads.map(lambda _: grader.equal("10", HANGS), range(4)))
+        stats = grader.stats()
+    assert (stats["comparisons"], stats["remembered"]) == (1, 3)
+
+
+def test_an_answer_that_hangs_holds_up_no_other():
+    """The others, behind it in the queue, are all done when it meets its limit."""
+    pairs = [("10", HANGS), *((f"x + {i}", f"{i} + x") for i in range(20))]
+    tasks = [(Task(id="t", question="q", answer=gold, kind="k", grader="math"), text) for gold, text in pairs]
+    grader = configure_math(MathSpec(processes=2, cpu_s=3))
+    assert not grader.equal("x", "y")
+    scores = grade_many(tasks, at_once=2)
+    assert next(scores) == 0.0  # comes first, being asked first; the process that is not held has gone on
+    assert grader.stats()["comparisons"] == 2 + 20 and grader.stats()["stopped"] == 1
+    assert list(scores) == [1.0] * 20
+
+
 def test_a_wait_for_a_process_has_a_limit():
     with MathGrader(MathSpec(processes=1, cpu_s=1, wait_s=0.2)) as grader:
         grader.equal("x + 3", "3 + x")
@@ -274,7 +304,7 @@ def test_a_wrong_limit_is_named():
 
 SCRIPT = """
 from envs.base import Task
-from envs.grading import grade
+from envs.grading import grade, grade_many
 from envs.grading_math import shared_math_grader
 task = Task(id="t", question="q", answer="1/2", kind="k", grader="math")
 print(grade(task, "0.5"), shared_math_grader()._sandbox.zygote_pid)

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from envs.base import EnvError, ObservationKind, Task
+from envs.grading_math import MathSpec
 from envs.local_envs import LocalEnvs
 from envs.pool import EnvSpec
 
@@ -73,3 +74,33 @@ def test_a_call_that_hangs_is_given_up_and_the_slot_goes_on():
 def test_what_cannot_start_says_why():
     with pytest.raises(ValueError, match="needs something to search"):
         run(LocalEnvs(EnvSpec(name="search"), None, count=1, timeout_s=5).connect())
+
+
+def test_an_answer_that_is_slow_to_grade_holds_up_no_other_episode():
+    """The episodes of a worker are coroutines of one event loop; one of them answers what takes its whole limit."""
+    slow = r"\int_0^{10^{10}} \sin(x^{x^x}) dx"
+    answers = [slow, *(f"{i} + x" for i in range(1, 7))]
+    tasks = [Task(id=str(i), question="q", answer=f"x + {i}", kind="math", grader="math") for i in range(len(answers))]
+    ended: list[str] = []
+
+    async def episode(env, task, answer):
+        await env.reset(task, 0)
+        result = await env.step(answer)
+        ended.append(answer)
+        return result.reward
+
+    async def scenario():
+        spec = EnvSpec(name="answer", math=MathSpec(cpu_s=3, processes=2))
+        envs = LocalEnvs(spec, None, count=len(answers), timeout_s=60)
+        try:
+            connected = await envs.connect()
+            await episode(connected[0], tasks[0], "y")  # the grader's processes are started
+            ended.clear()
+            episodes = zip(connected, tasks, answers, strict=True)
+            return await asyncio.gather(*(episode(*each) for each in episodes))
+        finally:
+            await envs.close()
+
+    rewards = run(scenario())
+    assert rewards == [0.0] + [1.0] * 6
+    assert ended[-1] == slow

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.base import Task, TaskError
-from envs.grading import grade
+from envs.grading import grade, grade_many
 from envs.tasks import load_tasks
 from launch.intervals import score
 
@@ -128,6 +128,24 @@ def test_f1_is_hotpotqas(answer, prediction, score):
 def test_f1_takes_the_best_alias():
     task = Task(id="t", question="q", answer="United States of America", aliases=("USA",), kind="k", grader="f1")
     assert grade(task, "the USA") == 1.0
+
+
+def test_many_answers_are_graded_in_order():
+    tasks = [Task(id=str(i), question="q", answer=str(i % 3), kind="k", grader="numeric") for i in range(3000)]
+    answers = ((task, None if i % 7 == 0 else "1") for i, task in enumerate(tasks))
+    assert list(grade_many(answers)) == [float(i % 3 == 1 and i % 7 != 0) for i in range(3000)]
+
+
+def test_an_error_of_ours_ends_the_grading_of_many():
+    task = Task(id="t", question="q", answer="1", kind="k", grader="no-such")
+    with pytest.raises(KeyError, match="no-such"):
+        list(grade_many([(task, "1")] * 5))
+
+
+@pytest.mark.parametrize("grader", ["exact", "f1", "numeric"])
+def test_a_megabyte_is_no_answer(grader):
+    task = Task(id="t", question="q", answer="17", kind="k", grader=grader)
+    assert grade(task, "17 " * 400_000) == 0.0
 
 
 WRITTEN = st.one_of(

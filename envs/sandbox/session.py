@@ -19,6 +19,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -392,6 +393,10 @@ class Session:
             self._shut()
         self._drop_candidates()
         return execution
+
+    def cpu_s(self) -> float:
+        """Processor time of the interpreter so far; infinite when there is none any more."""
+        return self._holder.cpu_s() if self._holder is not None else math.inf
 
     def close(self) -> None:
         """End the episode and everything it started; may be called twice."""
