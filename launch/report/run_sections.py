@@ -8,6 +8,7 @@ Example::
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -63,8 +64,12 @@ def what_ran(figures: Figures) -> Markup:
                          class_="facts"))  # fmt: skip
         job = _COMMANDS.get(figures.files.kind)
         if job is not None:
-            parts += [tag("h3", "The command, as it differs from its recipe"),
-                      tag("pre", _wrapped(command(config, job=job)), class_="block")]  # fmt: skip
+            words = shlex.split(command(config, job=job))
+            lines = [" ".join(words[:2]), *map(shlex.quote, words[2:])]
+            parts += [
+                tag("h3", "The command, as it differs from its recipe"),
+                tag("pre", (" \\\n    " if len(words) > 6 else " ").join(lines), class_="block"),
+            ]
     parts += [tag("h3", "Versions and machine"), _environment(figures), _said(figures.files.status)]
     if config is not None:
         yaml = as_yaml(without_secrets(config))
@@ -303,9 +308,3 @@ def _said(status: Mapping[str, Any] | None) -> Markup:
     if not told:
         return Markup("")
     return joined([tag("h3", "The last lines that it printed (UTC)"), tag("pre", "\n".join(told), class_="block")])
-
-
-def _wrapped(text: str) -> str:
-    """One override a line when there are many."""
-    words = text.split(" ")
-    return text if len(text) < 100 else " \\\n    ".join([" ".join(words[:2]), *words[2:]])

@@ -8,8 +8,10 @@ Example::
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +38,8 @@ _IN_ARGUMENT = re.compile(
     r"(?P<variable>\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)\S+"
 )
 _MISSING = object()
+_PLAIN = re.compile(r"[A-Za-z_/.][\w./:\-]*")
+_LIKE_A_VALUE = re.compile(r"(?i)true|false|null|nan|inf")
 _MAPS_OF_SECRETS = ("env", "headers", "extra_headers", "default_headers")
 """Mappings whose values may all be secret, where their values are text."""
 
@@ -83,7 +87,7 @@ def overrides(config: Mapping[str, Any], *, job: str) -> list[str]:
     here = _flat(config)
     for chosen in _starts(config, job):
         try:
-            there = _flat(_composed(chosen, job))
+            there = _flat(_composed(tuple(chosen), job))
         except Exception:  # a recipe or a file of another version or machine: told as what differs from less
             continue
         given = {argument.partition("=")[0] for argument in chosen}
@@ -111,23 +115,23 @@ def _starts(config: Mapping[str, Any], job: str) -> Iterator[list[str]]:
     yield []
 
 
-def _composed(arguments: list[str], job: str) -> Any:
+@functools.lru_cache(maxsize=16)
+def _composed(arguments: tuple[str, ...], job: str) -> Any:
     """The whole configuration of a command with these arguments. Raises `ValueError`."""
     from launch.config_reading import load_config, to_plain
 
-    plain = [argument.strip("'") for argument in arguments]
     if job == "evaluate":
         from launch.evaluation_reading import load_evaluation
 
-        return to_plain(load_evaluation(plain))
+        return to_plain(load_evaluation(arguments))
     from launch.config import CollectConfig, DistillConfig
 
-    return to_plain(load_config(plain, CollectConfig if job == "collect" else DistillConfig))
+    return to_plain(load_config(arguments, CollectConfig if job == "collect" else DistillConfig))
 
 
 def command(config: Mapping[str, Any], *, job: str) -> str:
     """One that starts the same run."""
-    return " ".join([f"python launch/{job}.py", *overrides(without_secrets(config), job=job)])
+    return " ".join([f"python launch/{job}.py", *map(shlex.quote, overrides(without_secrets(config), job=job))])
 
 
 def _list_without_secrets(values: list[Any] | tuple[Any, ...], name: str) -> list[Any]:
@@ -152,8 +156,18 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _override(key: str, value: Any) -> str:
-    if isinstance(value, str):
-        plain = re.fullmatch(r"[\w./:\-]+", value)
-        return f"{key}={value}" if plain else f"'{key}={json.dumps(value, ensure_ascii=False)}'"
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{key}={text}" if re.fullmatch(r"[\w.\-]+", text) else f"'{key}={text}'"
+    return f"{key}={_grammar(value)}"
+
+
+def _grammar(value: Any) -> str:
+    """A value as Hydra's overrides are written (https://hydra.cc/docs/advanced/override_grammar/basic)."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_grammar(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_grammar, value)) + "]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _PLAIN.fullmatch(value) and not _LIKE_A_VALUE.fullmatch(value):
+        return value
+    quoted = value.replace("\\", "\\\\") if value.endswith("\\") else value
+    return '"' + quoted.replace('"', '\\"') + '"'
