@@ -154,14 +154,14 @@ class _Local:
         from launch.serving.agent import Question
         from launch.serving.step_view import step_json, trajectory_json
 
-        seen: list[Any] = []
+        searches: list[Any] = []
 
         def told(step: Any) -> None:
-            seen.append(step)
-            on_step(step_json(len(seen), step))
+            searches.append(self._agent.searches(step))
+            on_step(step_json(len(searches), step, searches[-1]))
 
         asked = Question(text=question, settings=self._settings, task=self._task, sample_index=0)
-        return trajectory_json(await self._agent.answer(asked, on_step=told))
+        return trajectory_json(await self._agent.answer(asked, on_step=told), searches=searches)
 
     async def close(self) -> None:
         await self._agent.close()

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "overrides", nargs="*", metavar="key=value", help="without a run: the configuration, as of launch/distill.py"
     )
-    what.add_argument("--model-name", default="", help="what clients call it; default: the run's or folder's name")
+    what.add_argument("--model-name", default="", help="what clients call it; default: the run's name")
     what.add_argument("--engine", default="", help="on a CPU: in_process or own_process; default: as the run says")
     how = parser.add_argument_group("how it answers, where a request does not say")
     how.add_argument("--candidates", type=int, default=1, help="k of self-consistent actions; 1 is greedy")

@@ -20,6 +20,7 @@ from launch.serving.agent import Agent
 from launch.serving.lifecycle import listen, server_for, url_of
 from launch.serving.plan import AgentPlan
 from launch.serving.recorder import Recorder
+from launch.serving.search_log import SearchLog
 from launch.serving.service import Service, ServiceSettings
 from launch.world import load_world
 from rollout.async_env import ThreadedEnv
@@ -104,6 +105,7 @@ async def serving(
     *,
     ready: bool = True,
     record: Callable[[Service], Recorder] | None = None,
+    searches: SearchLog | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """A server on a free port of loopback until the block ends; `settings` are those of `ServiceSettings`."""
@@ -113,7 +115,7 @@ async def serving(
     if ready:
         acting = policy if isinstance(policy, Policy) else ScriptedPolicy(policy)
         envs = [ThreadedEnv(host.make()) for _ in range(chosen.places)]
-        service.ready(Agent(acting, envs, line=chosen.line, wait_s=chosen.wait_s))
+        service.ready(Agent(acting, envs, line=chosen.line, wait_s=chosen.wait_s, searches=searches))
     server, bound = server_for(service), listen("127.0.0.1", 0)
     url = url_of(bound, "127.0.0.1")
     running = asyncio.create_task(server.serve(sockets=[bound]))

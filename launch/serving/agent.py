@@ -18,6 +18,7 @@ import hashlib
 import os
 import secrets
 import signal
+import time
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -31,6 +32,7 @@ from launch.cluster import QUIET
 from launch.serving.budget import BudgetedPolicy
 from launch.serving.places import Places
 from launch.serving.plan import AgentPlan
+from launch.serving.search_log import SearchLog
 from rollout.async_env import AsyncEnv
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.policy import EngineDiedError, Policy
@@ -40,6 +42,8 @@ from rollout.trajectory import Step, Trajectory
 KIND = "asked"
 """Of the tasks that are made of questions."""
 _SEARCH_GRACE_S = 5.0
+_LATE_S = 0.5
+"""Between the end of a step and the question what it was shown, at most."""
 _QUIETER = {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """What an engine's libraries say of each other, in a process of its own."""
 
@@ -76,9 +80,10 @@ class Agent:
         line: int = 0,
         wait_s: float = 30.0,
         closing: Callable[[], Awaitable[None]] | None = None,
+        searches: SearchLog | None = None,
     ) -> None:
         self.policy, self.places = policy, Places(envs, line=line, wait_s=wait_s)
-        self._closing = closing
+        self._closing, self._searches = closing, searches
         self.died = ""
         """Why it can answer nothing any more; empty while it can."""
 
@@ -94,7 +99,7 @@ class Agent:
             policy = await asyncio.to_thread(_build, plan.spec)
             started.push_async_callback(policy.close)
             closing = started.pop_all().aclose
-            return cls(policy, connected, line=line, wait_s=wait_s, closing=closing)
+            return cls(policy, connected, line=line, wait_s=wait_s, closing=closing, searches=search)
 
     async def answer(self, question: Question, *, on_step: Callable[[Step], None] | None = None) -> Trajectory:
         """One episode, as soon as there is a place for it.
@@ -120,6 +125,12 @@ class Agent:
         if not task.answer and not task.aliases:  # nobody knows whether it is right
             trajectory = replace(trajectory, reward=0.0, success=False)
         return trajectory
+
+    def searches(self, step: Step) -> list[dict[str, Any]]:
+        """What `step`, which has just ended, found and was shown: see `SearchLog.shown`."""
+        if self._searches is None or not step.tool_calls:
+            return []
+        return self._searches.shown(step.observation, since_s=time.monotonic() - step.env_s - _LATE_S)
 
     async def close(self) -> None:
         """Free everything; what is still being answered fails. May be called twice."""
@@ -159,11 +170,12 @@ class _Search:
             raise EnvError(f"the search did not answer within {self.timeout_s:g} s") from None
 
 
-async def _start_search(plan: AgentPlan, started: AsyncExitStack) -> _Search:
+async def _start_search(plan: AgentPlan, started: AsyncExitStack) -> SearchLog:
     from envs.retrieval.service import RetrievalService, ServiceSettings
 
     assert plan.retriever is not None
     retriever = await asyncio.to_thread(plan.retriever.build)
     settings = ServiceSettings(timeout_s=plan.search_timeout_s)
     service = await started.enter_async_context(RetrievalService(retriever, settings))
-    return _Search(service, asyncio.get_running_loop(), plan.search_timeout_s)
+    search = _Search(service, asyncio.get_running_loop(), plan.search_timeout_s)
+    return SearchLog(search, formatter=plan.env.search_format)

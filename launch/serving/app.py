@@ -170,7 +170,8 @@ class _Answer:
         try:
             if not self._asked.stream:
                 await self._episode.finished()
-                return await _json(self._reply.whole(self._episode.result()))(scope, receive, send)
+                whole = self._reply.whole(self._episode.result(), self._episode.searches)
+                return await _json(whole)(scope, receive, send)
             chunks = self._chunks()
             first = await anext(chunks)  # what fails before it has a status of its own
         except ApiError as error:
@@ -211,7 +212,7 @@ class _Answer:
                 return
             if step is not None:
                 number += 1
-                yield _joined(self._reply.step(number, step))
+                yield _joined(self._reply.step(number, step, self._episode.searches[number - 1]))
 
 
 async def _until_gone(receive: Receive) -> None:

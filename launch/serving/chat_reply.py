@@ -27,6 +27,7 @@ from rollout.trajectory import FailureClass, Step, StopReason, Trajectory
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 _TITLE_CHARACTERS = 80
+Searches = Sequence[Sequence[Mapping[str, Any]]]
 
 
 class ChatReply:
@@ -38,8 +39,8 @@ class ChatReply:
         self._steps: StepsIn = asked.steps or steps
         self._created = int(time.time())
 
-    def whole(self, trajectory: Trajectory) -> dict[str, Any]:
-        """A `chat.completion`."""
+    def whole(self, trajectory: Trajectory, searches: Searches = ()) -> dict[str, Any]:
+        """A `chat.completion`; `searches` are those of each step."""
         steps = list(enumerate(trajectory.steps, start=1))
         message: dict[str, Any] = {"role": "assistant", "content": self._content(trajectory), "refusal": None}
         if self._steps == "content":
@@ -50,22 +51,22 @@ class ChatReply:
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(trajectory)}
         reply = self._head("chat.completion") | {"choices": [choice], "usage": usage_json(trajectory)}
         if self._asked.trajectory:
-            reply["agent"] = trajectory_json(trajectory) | self._left_out()
+            reply["agent"] = trajectory_json(trajectory, searches=searches) | self._left_out()
         return reply
 
     def begin(self) -> Iterator[bytes]:
         """The first chunk."""
         yield self._chunk({"role": "assistant", "content": ""})
 
-    def step(self, number: int, step: Step) -> Iterator[bytes]:
-        """A step that has ended."""
+    def step(self, number: int, step: Step, searches: Sequence[Mapping[str, Any]] = ()) -> Iterator[bytes]:
+        """A step that has ended, and what it searched."""
         delta = {}
         if self._steps == "reasoning":
             told = step_markdown(number, step, self._dialect)
             delta = {"reasoning_content": told, "reasoning": told}
         if self._steps == "content":
             delta = {"content": self._folded(number, step)}
-        agent = {"step": step_json(number, step)} if self._asked.trajectory else None
+        agent = {"step": step_json(number, step, searches)} if self._asked.trajectory else None
         if delta or agent:
             yield self._chunk(delta, agent=agent)
 

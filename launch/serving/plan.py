@@ -42,7 +42,7 @@ class AgentPlan:
     """Plain data; nothing is started."""
 
     name: str
-    """For people and clients: the run's, or the student folder's."""
+    """For people and clients: the run's, with the student folder's where it is another."""
     spec: PolicySpec
     env: EnvSpec
     retriever: RetrieverSpec | None
@@ -95,7 +95,10 @@ def plan_agent(
         config = replace(config, evaluate=replace(config.evaluate, engine=engine))
     spec, greedy, voting = _teacher(config) if policy == "teacher" else _student(config, folder, student)
     world = load_world(config, folder.index)
-    name = Path(student).absolute().name if student else folder.path.name
+    name = folder.path.name
+    if student:
+        own = Path(student).absolute().name
+        name = own if overrides else f"{name}-{own}"
     return AgentPlan(
         name=name if policy == "student" else f"{name}-teacher",
         spec=spec,

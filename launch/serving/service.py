@@ -17,6 +17,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from launch.serving import api_errors
 from launch.serving.agent import Agent, Question
@@ -27,6 +28,7 @@ from launch.serving.plan import AgentPlan
 from launch.serving.recorder import Recorder
 from launch.serving.service_metrics import ServiceMetrics
 from rollout.policy import EngineDiedError, PolicyError
+from rollout.redaction import Redactor
 from rollout.trajectory import Step, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -195,6 +197,9 @@ class Episode:
         self._service = service
         self._events: asyncio.Queue[Step | None] = asyncio.Queue()
         self._why: ApiError | None = None
+        self._agent = agent
+        self.searches: list[list[dict[str, Any]]] = []
+        """Of each step that has ended."""
         self._asked_s = time.monotonic()
         self._task = asyncio.create_task(agent.answer(question, on_step=self._on_step))
         self._task.add_done_callback(self._over)
@@ -231,6 +236,7 @@ class Episode:
 
     def _on_step(self, step: Step) -> None:
         self._service.metrics.step(step)
+        self.searches.append(self._agent.searches(step))
         self._events.put_nowait(step)
 
     def _over(self, task: asyncio.Task[Trajectory]) -> None:
@@ -244,6 +250,9 @@ class Episode:
         if error is None:
             trajectory = task.result()
             self._service.metrics.episode(trajectory)
+            if (failure := trajectory.failure) is not None:
+                reason = Redactor()(failure.message, [trajectory.task.question])
+                logger.warning("an episode failed (%s): %s", failure.failure_class.value, reason)
             self._service.metrics.line_s.observe(max(time.monotonic() - self._asked_s - trajectory.duration_s, 0.0))
             if self._service.recorder is not None:
                 self._service.recorder.put(trajectory)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from envs.base import ObservationKind
@@ -27,8 +28,9 @@ def thought(step: Step) -> str:
     return "".join(text[span.start : span.end] for span in step.spans if span.type is SpanType.THOUGHT).strip()
 
 
-def step_json(number: int, step: Step) -> dict[str, Any]:
-    """`number` counts from 1. Every candidate of the step is there when there was more than one."""
+def step_json(number: int, step: Step, searches: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """`number` counts from 1; `searches` are those of `SearchLog.shown`. Of a step with several candidates all are
+    there."""
     shown: dict[str, Any] = {
         "number": number,
         "thought": thought(step),
@@ -40,6 +42,8 @@ def step_json(number: int, step: Step) -> dict[str, Any]:
         "policy_s": round(step.policy_s, 4),
         "env_s": round(step.env_s, 4),
     }
+    if searches:
+        shown["searches"] = list(searches)
     if step.candidates:
         shown["chosen"] = step.chosen
         shown["candidates"] = [
@@ -55,8 +59,11 @@ def step_json(number: int, step: Step) -> dict[str, Any]:
     return shown
 
 
-def trajectory_json(trajectory: Trajectory, *, steps: bool = True) -> dict[str, Any]:
-    """What an episode was, without what its question was. `success` is null where nobody knows the right answer."""
+def trajectory_json(
+    trajectory: Trajectory, *, steps: bool = True, searches: Sequence[Sequence[Mapping[str, Any]]] = ()
+) -> dict[str, Any]:
+    """What an episode was, without what its question was. `success` is null where nobody knows the right answer;
+    `searches` are those of each step."""
     usage, task = trajectory.usage, trajectory.task
     graded = bool(task.answer or task.aliases) and trajectory.failure is None
     failure = trajectory.failure
@@ -79,7 +86,9 @@ def trajectory_json(trajectory: Trajectory, *, steps: bool = True) -> dict[str, 
         },
     }
     if steps:
-        shown["steps"] = [step_json(number, step) for number, step in enumerate(trajectory.steps, start=1)]
+        found = [*searches, *([()] * (len(trajectory.steps) - len(searches)))]
+        pairs = zip(trajectory.steps, found, strict=True)
+        shown["steps"] = [step_json(number, step, hits) for number, (step, hits) in enumerate(pairs, start=1)]
     return shown
 
 
