@@ -23,7 +23,7 @@ from typing import Any
 
 from launch.environment import describe_environment
 from launch.intervals import Score
-from launch.report.ledger_figures import LedgerFigures, Tally, read_figures, steps_by_task
+from launch.report.ledger_figures import NAME_CHARS, LedgerFigures, Tally, read_figures, steps_by_task
 from launch.report.run_files import Kind, LedgerFiles, Role, RunFiles
 from launch.report.samples import failed_samples, read_samples
 from launch.report.settings import text_without_secrets
@@ -225,9 +225,9 @@ def recorded_scores(found: Any) -> dict[str, dict[str, Score]]:
     for row, kinds in found.items():
         if not isinstance(kinds, Mapping):
             continue
-        cells = {str(kind): cell for kind, each in kinds.items() if (cell := _score(each)) is not None}
+        cells = {str(kind)[:NAME_CHARS]: cell for kind, each in kinds.items() if (cell := _score(each)) is not None}
         if cells:
-            scores[str(row)] = cells
+            scores[str(row)[:NAME_CHARS]] = cells
     return scores
 
 

@@ -45,6 +45,8 @@ _LENGTHS = (100, 200, 400, 800)
 """Characters of a question; where a task tells no difficulty, longer is taken for harder."""
 _MOST_LEVELS = 12
 _EXAMPLE_CHARS = 600
+NAME_CHARS = 120
+"""Of a policy's or a kind's name, so many are shown."""
 
 Cell = list[int]
 """[trajectories, successes]."""
@@ -201,10 +203,18 @@ def _batches(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         waiting.append(table)
         rows += table.num_rows
         if rows >= _BATCH:
-            yield pa.concat_tables(waiting)
+            yield _named(pa.concat_tables(waiting))
             waiting, rows = [], 0
     if waiting:
-        yield pa.concat_tables(waiting)
+        yield _named(pa.concat_tables(waiting))
+
+
+def _named(batch: pa.Table) -> pa.Table:
+    """Names cut to what can be shown: they come from files, and may be anything."""
+    for name in ("policy", "kind"):
+        cut = pc.utf8_slice_codeunits(batch.column(name), 0, NAME_CHARS)
+        batch = batch.set_column(batch.schema.get_field_index(name), name, cut)
+    return batch
 
 
 def _add(
