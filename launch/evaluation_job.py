@@ -157,7 +157,7 @@ def _results(
         "scores": {name: row["scores"] for name, row in details.items()},
         "averages": {name: row["averages"] for name, row in details.items()},
         "rows": details,
-        "pairs": [pair.to_json() for pair in pairs(list(rows.values()))],
+        "pairs": [pair.to_json() for pair in pairs(list(rows.values()), world.domains)],
         "minutes": round(minutes, 2),
         "environment": describe_environment(),
         "config": to_plain(config),
