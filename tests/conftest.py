@@ -1,5 +1,5 @@
 """Fixtures that several test files share: one Ray cluster and one S3 server for the whole session, each started only if
-a test asks for it."""
+a test asks for it. And which tests go together when two processes share the work (`pytest -n 2 --dist loadgroup`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,28 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
+"""Name of this process among those that pytest-xdist has started; None when there is one alone."""
+FIRST = ("test_distill", "test_vllm_policy", "test_learner", "test_vllm_own_process")
+"""Files that take longest and start no cluster of the session's: what comes last keeps one process waiting."""
+if PROCESS is not None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the cores have work enough
 RAY_ENV_VARS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # the default reports to a server outside
     "RAY_AUTH_MODE": "disabled",  # the default writes a token into the home folder
 }
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks after this
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, with its fixtures, and all files that use the Ray cluster in the same one."""
+    if PROCESS is None:
+        return
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
+    order = {name: place for place, name in enumerate(FIRST, start=1)}
+    items.sort(key=lambda item: 0 if item.path in on_ray else order.get(item.path.stem, len(order) + 1))
 
 
 @pytest.fixture(scope="session")
