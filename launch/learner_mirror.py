@@ -62,9 +62,9 @@ class LearnerMirror:
             yield
         self.mirroring = None
 
-    def bring(self, folder: Path, name: str = "") -> bool:
+    def bring(self, folder: Path, name: str = "", *, checkpoints: bool = True) -> bool:
         """What the store has, to this machine: all of it, or one whole folder. Not while a rank writes here."""
-        mirror = self._mirror(folder)
+        mirror = self._mirror(folder, () if checkpoints else ("checkpoints/*",))
         return mirror.bring(name) if name else mirror.pull()
 
     def checkpoints(self) -> list[str]:
@@ -72,8 +72,9 @@ class LearnerMirror:
         names = self._mirror(Path()).folders()
         return sorted(name.removeprefix("checkpoints/") for name in names if name.startswith("checkpoints/"))
 
-    def _mirror(self, folder: Path) -> Mirror:
-        return Mirror(folder, self.uri, whole=WHOLE, skip=SKIP, fence=self.fence.check if self.fence else None)
+    def _mirror(self, folder: Path, without: tuple[str, ...] = ()) -> Mirror:
+        fence = self.fence.check if self.fence else None
+        return Mirror(folder, self.uri, whole=WHOLE, skip=SKIP, without=without, fence=fence)
 
 
 def _see(mark: Path, rank: int) -> None:

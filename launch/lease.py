@@ -125,7 +125,7 @@ class Lease:
             "owner": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "job": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+            "job": _submission(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "released": False,
         }
@@ -229,6 +229,15 @@ def _number(name: str) -> int:
 def _told(record: dict[str, Any]) -> str:
     job = f"job {record['job']} " if record.get("job") else "a job "
     return f"{job}on {record.get('host')} (process {record.get('pid')}, since {record.get('since')})"
+
+
+def _submission() -> str:
+    """What a submitted job is called on its cluster; "" for one that was started by hand."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        return str(told["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _json(data: dict[str, Any]) -> bytes:

@@ -68,8 +68,8 @@ class Mirror:
     """`folder` in the store's `place`.
 
     `whole`: patterns of whole folders; `skip`: patterns of files and, with a / at their end, of folders that are not
-    copied (hidden ones never are), but for the files in `keep`. `fence` is called before each copy and raises where
-    this process must not write any more. For one thread at a time.
+    copied (hidden ones never are), but for the files in `keep`; `without`: whole folders that `pull` leaves out.
+    `fence` is called before each copy and raises where this process must not write any more. For one thread at a time.
     """
 
     def __init__(
@@ -80,11 +80,13 @@ class Mirror:
         whole: Sequence[str] = (),
         skip: Sequence[str] = (),
         keep: Sequence[str] = (),
+        without: Sequence[str] = (),
         fence: Callable[[], None] | None = None,
     ) -> None:
         self.folder, self.place = folder, place
         self._storage = open_storage(place)
         self._whole, self._skip, self._keep, self._fence = tuple(whole), tuple(skip), tuple(keep), fence or _free
+        self._without = tuple(without)
         self._by = uuid.uuid4().hex
         self._index: _Index | None = None
         self._copied: dict[str, object] = {}
@@ -109,7 +111,8 @@ class Mirror:
         for _ in ahead(self._bring_file, index.files, self._storage.width):
             pass
         for name, entry in index.folders.items():
-            self._bring_folder(name, entry)
+            if not _matches(name, self._without):
+                self._bring_folder(name, entry)
         (self.folder / _MARK).unlink(missing_ok=True)  # equal to the store, and not ahead of it
         self._index = index
         files, folders = self._here()

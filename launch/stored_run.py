@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from launch.learner_mirror import LearnerMirror
 from launch.lease import Lease, LeaseHeld, LeaseLost, LeaseTimes
 from launch.mirror import INDEX, Mirror, Mirroring
 from launch.run_folder import RunFolder, RunFolderError, RunLostError
-from rollout.storage import StorageError, ahead, open_storage
+from rollout.storage import Storage, StorageError, ahead, open_storage
 
 SKIP = ("ledger/", "index/", "evaluation/*/", "learner/*", "learner/*/", "spend.jsonl")
 KEEP = ("learner/final.json",)
@@ -148,20 +149,7 @@ class StoredRun(RunFolder):
             raise RunLostError(f"the student cannot be brought to its workers: {error}") from None
 
     def gather(self) -> None:
-        """Copies the ledgers into `scratch`, for whoever reads a run as one folder."""
-        for top in _LEDGERS:
-            names = {each.name for each in self._storage.walk(top)}
-            for path in (self.path / top).rglob("*.parquet"):
-                if path.relative_to(self.path).as_posix() not in names:
-                    path.unlink()  # compacted since
-
-            def bring(name: str) -> None:
-                target = self.path / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self._storage.read(name))
-
-            for _ in ahead(bring, sorted(names), self._storage.width):
-                pass
+        _copy_ledgers(self._storage, self.path)
 
     def evaluated(self) -> list[str]:
         return sorted({each.name.split("/")[1] for each in self._storage.walk("evaluation")})
@@ -172,6 +160,40 @@ class StoredRun(RunFolder):
     def _only_a_lease(self) -> bool:
         """Left by a job that died before it had written anything else."""
         return all(each.name.startswith("lease/") for each in self._storage.walk(""))
+
+
+def fetch(uri: str, folder: Path, *, checkpoints: bool = True) -> None:
+    """Copy a run from its store into `folder`. Raises `RunFolderError` where there is none, `OSError`."""
+    run = StoredRun(uri)
+    record = folder / "config.json"
+    if folder.exists() and not record.exists() and any(folder.iterdir()):
+        raise RunFolderError(f"{folder} is not empty and holds no run; choose another folder")
+    storage = open_storage(run.uri)
+    if not any(each.name == "config.json" for each in storage.list("")):
+        raise RunFolderError(f"{run.uri} holds no run: there is no config.json")
+    Mirror(folder, run.uri, skip=SKIP, keep=KEEP).pull()
+    LearnerMirror(uri=f"{run.uri}/learner", fence=None).bring(folder / "learner", checkpoints=checkpoints)
+    _copy_ledgers(storage, folder)
+
+
+def _copy_ledgers(storage: Storage, folder: Path) -> None:
+    for top in _LEDGERS:
+        there = {each.name: each.size_bytes for each in storage.walk(top)}
+        for path in (folder / top).rglob("*.parquet"):
+            if path.relative_to(folder).as_posix() not in there:
+                path.unlink()  # compacted since
+
+        def bring(name: str) -> None:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.part")
+            partial.write_bytes(storage.read(name))
+            os.replace(partial, target)
+
+        # A shard never changes; what else there is may.
+        due = [name for name in there if not (name.endswith(".parquet") and (folder / name).exists())]
+        for _ in ahead(bring, due, storage.width):
+            pass
 
 
 def scratch_folder(uri: str, scratch: str = "") -> Path:

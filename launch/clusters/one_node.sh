@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# One machine with several GPUs: a Ray of its own with a dashboard, the job on it, both gone at the end.
+#
+#   launch/clusters/one_node.sh recipe=paper run_dir=runs/paper
+#   GPUS=4 JOB=launch/collect.py launch/clusters/one_node.sh out=runs/mine teacher=vllm teacher.model=...
+#
+# Words go to launch/distill.py, or to what JOB names. Without GPUs it runs the embedded default all the same (GPUS=0).
+# Run for real, with GPUS=0; `shellcheck` and tests/test_cluster_recipes.py check it.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+if [ -x .venv/bin/ray ]; then PATH=$PWD/.venv/bin:$PATH; fi
+export PATH RAY_USAGE_STATS_ENABLED=0
+job=${JOB:-launch/distill.py}
+gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+cluster=(cluster=auto)
+if ((gpus == 0)); then cluster=(cluster=local); fi
+
+# Nobody but this machine speaks to it: loopback alone, and ports that are free.
+free() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+port=$(free) dashboard=$(free)
+temp=$(mktemp -d "${TMPDIR:-/tmp}/ray-XXXXXX")
+export RAY_AUTH_MODE=disabled
+
+ray start --head --block --node-ip-address=127.0.0.1 --port="$port" --temp-dir="$temp" \
+	--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+	--dashboard-agent-listen-port="$(free)" --ray-client-server-port="$(free)" \
+	--num-gpus="$gpus" --disable-usage-stats >"$temp/start.log" 2>&1 &
+ray=$!
+# shellcheck disable=SC2317 # called by the trap
+finish() {
+	trap - EXIT
+	kill "$ray" 2>/dev/null || true
+	wait "$ray" 2>/dev/null || true
+	rm -rf "$temp"
+}
+trap finish EXIT
+
+export RAY_ADDRESS=127.0.0.1:$port
+for ((i = 0; i < 120; i++)); do
+	python -c 'import ray; ray.init(log_to_driver=False, logging_level="ERROR")' >/dev/null 2>&1 && break
+	if ! kill -0 "$ray" 2>/dev/null; then cat "$temp/start.log" >&2; exit 1; fi
+	sleep 1
+done
+echo "Ray with $gpus GPUs; dashboard: http://127.0.0.1:$dashboard"
+python "$job" "${cluster[@]}" cluster.address="$RAY_ADDRESS" "$@" &
+driver=$!
+signalled=0
+trap 'signalled=1; kill -TERM "$driver" 2>/dev/null || true' INT TERM
+# A signal ends a `wait`, not the driver.
+status=0
+wait "$driver" || status=$?
+while ((signalled)); do
+	signalled=0 again=0
+	wait "$driver" || again=$?
+	((again == 127)) || status=$again
+done
+exit "$status"
