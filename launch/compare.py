@@ -4,9 +4,9 @@
     python -m launch.compare runs/a/evaluation/student runs/b/evaluation/student --names seed-0,seed-1
     python -m launch.compare LEDGER LEDGER --kind two_hop --json
 
-It runs nothing. A ledger of several policies is a row for each of them. A task with several runs counts with their
-mean, or with their vote's result (--votes). Right or wrong is compared by McNemar's exact test, other scores by a
-permutation test; the interval of a difference is Newcombe's or a bootstrap's.
+It runs nothing. A ledger of several policies, or settings, is a row for each of them. A task with several runs counts
+with their mean, or with their vote's result (--votes). Right or wrong is compared by McNemar's exact test, other scores
+by a permutation test; the interval of a difference is Newcombe's or a bootstrap's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,10 @@ if __name__ == "__main__" and not __package__:  # run as a file: imports come fr
 
 if TYPE_CHECKING:
     from launch.evaluation_rows import Row
+
+_SETTINGS = re.compile(r"\|([0-9a-f]{12})$")
+"""At the end of a key: the digest of the settings."""
+_MOST_SETTINGS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,13 +90,24 @@ def _read(path: str, name: str, votes: bool) -> list[Row]:
     from rollout.ledger import Ledger, LedgerError
 
     ledger = Ledger(path)
-    policies = sorted({each for table in ledger.scan(["policy"]) for each in table.column("policy").to_pylist()})
-    if not policies:
+    keys: dict[tuple[str, str], set[str]] = {}
+    for table in ledger.scan(["key", "policy"]):
+        for key, policy in zip(*(table.column(column).to_pylist() for column in ("key", "policy")), strict=True):
+            settings = _SETTINGS.search(key)
+            keys.setdefault((policy, settings[1] if settings else ""), set()).add(key)
+    if not keys:
         missing = "://" not in path and not Path(path).exists()
         raise LedgerError(f"{path} does not exist" if missing else f"{path} holds no trajectory")
-    if len(policies) == 1:
-        return [Row.read(name, ledger, votes=votes)]
-    return [Row.read(f"{name}: {policy}", ledger, policy=policy, votes=votes) for policy in policies]
+    policies = sorted({policy for policy, _ in keys})
+    rows = []
+    for policy in policies:
+        own = {settings: each for (of, settings), each in keys.items() if of == policy}
+        if len(own) > _MOST_SETTINGS:  # such as composed trajectories, whose settings name what they are made of
+            own = {"": set[str]().union(*own.values())}
+        for settings, each in own.items():
+            parts = [policy] * (len(policies) > 1) + [f"settings {settings}"] * (len(own) > 1)
+            rows.append(Row.read(f"{name}: {', '.join(parts)}" if parts else name, ledger, only=each, votes=votes))
+    return rows
 
 
 def _only(row: Row, wanted: object) -> Row:

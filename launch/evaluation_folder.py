@@ -2,7 +2,7 @@
 
     out/config.json                    the configuration of the last call
     out/<policy>/policy.json           which policy that is, its weights' fingerprint included
-    out/<policy>/<mode>/row.json       how it was run
+    out/<policy>/<mode>/row.json       how it was run; <mode>-sampled where each task has several samples
     out/<policy>/<mode>/ledger/        every trajectory and every failure
     out/results.json, out/spend.jsonl
 
@@ -45,10 +45,17 @@ class RowRecord:
     """Of each task."""
     votes: bool
     """Its score is that of the vote over them."""
+    sampled: bool
+    """Several samples of each task, where one would be greedy: a row of its own, which more samples go on with."""
 
     @property
     def name(self) -> str:
-        return f"{self.policy}, {self.mode}"
+        return f"{self.policy}, {self.mode}" + " sampled" * self.sampled
+
+    @property
+    def place(self) -> str:
+        """Of its files, in the policy's folder."""
+        return self.mode + "-sampled" * self.sampled
 
     def key(self, task_id: str, sample: int) -> str:
         """As `EpisodeSettings.key` makes it."""
@@ -62,6 +69,7 @@ class RowRecord:
             digest=_digest(config.settings(mode)),
             runs=config.runs(mode),
             votes=mode == "whole_run_vote",
+            sampled=config.samples > 1,
         )
 
 
@@ -79,8 +87,8 @@ class EvaluationFolder:
         run = Path(config.run) / "index" if config.run else None
         return run if run is not None and not config.retrieval.corpus and run.is_dir() else self.path / "index"
 
-    def ledger(self, policy: str, mode: str) -> Path:
-        return self._row(policy, mode) / "ledger"
+    def ledger(self, row: RowRecord) -> Path:
+        return self._row(row) / "ledger"
 
     def rows(self) -> list[RowRecord]:
         """All that any call has left, in the order in which they came."""
@@ -90,7 +98,7 @@ class EvaluationFolder:
 
     def settings(self, row: RowRecord) -> dict[str, Any]:
         """How the row's episodes were run."""
-        return json.loads((self._row(row.policy, row.mode) / "row.json").read_text())["settings"]
+        return json.loads((self._row(row) / "row.json").read_text())["settings"]
 
     @contextmanager
     def claim(self, config: EvaluationConfig) -> Iterator[bool]:
@@ -139,7 +147,7 @@ class EvaluationFolder:
 
     def begin(self, config: EvaluationConfig, row: RowRecord, *, unix_s: float) -> None:
         """Record how a row is run. The folder must be claimed."""
-        folder = self._row(row.policy, row.mode)
+        folder = self._row(row)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder.parent / "policy.json", _identity(config.policy))
         record = folder / "row.json"
@@ -147,8 +155,8 @@ class EvaluationFolder:
         settings = to_plain(config.settings(row.mode))
         write_json(record, {**asdict(row), "began_unix_s": began, "settings": settings})
 
-    def _row(self, policy: str, mode: str) -> Path:
-        return self.path / safe_name(policy) / mode
+    def _row(self, row: RowRecord) -> Path:
+        return self.path / safe_name(row.policy) / row.place
 
 
 def safe_name(name: str) -> str:

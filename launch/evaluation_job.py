@@ -17,7 +17,7 @@ from launch.environment import describe_environment
 from launch.evaluation import EvaluationError, watch_evaluation
 from launch.evaluation_config import EvaluationConfig
 from launch.evaluation_folder import EvaluationFolder, RowRecord
-from launch.evaluation_rows import Row, keys_of, pairs
+from launch.evaluation_rows import Row, keys_of, pairs, refuse_other_tasks
 from launch.evaluation_tables import tables
 from launch.evaluation_tasks import EvaluationWorld
 from launch.live import LiveView
@@ -82,7 +82,7 @@ def read_rows(folder: EvaluationFolder, tasks: list[Task]) -> dict[str, Row]:
     for record in folder.rows():
         row = Row.read(
             record.name,
-            Ledger(folder.ledger(record.policy, record.mode)),
+            Ledger(folder.ledger(record)),
             keys=keys_of(tasks, record.key, record.runs),
             votes=record.votes,
         )
@@ -110,7 +110,7 @@ def _run(
                 environments = started if mode == first else started.beside(job, slots=slots)
                 collection = start_evaluation(
                     job, environments, workers, world.tasks, policy=config.policy.policy_name,
-                    settings=job.episode, ledger=folder.ledger(config.policy.policy_name, mode),
+                    settings=job.episode, ledger=folder.ledger(RowRecord.of(config, mode)),
                     samples=config.runs(mode),
                 )  # fmt: skip
                 name = config.policy.policy_name
@@ -123,15 +123,13 @@ def _run(
 
 
 def _missing(folder: EvaluationFolder, record: RowRecord, tasks: list[Task]) -> set[str]:
-    recorded = Ledger(folder.ledger(record.policy, record.mode)).keys()
+    recorded = Ledger(folder.ledger(record)).keys()
     return set(keys_of(tasks, record.key, record.runs)) - recorded
 
 
 def _refuse_other_tasks(folder: EvaluationFolder, record: RowRecord, tasks: list[Task]) -> None:
     """Before anything is paid: a file may have changed under its name."""
-    ledger = Ledger(folder.ledger(record.policy, record.mode))
-    if ledger.shards():
-        Row.read(record.name, ledger, keys=keys_of(tasks, record.key, record.runs))
+    refuse_other_tasks(record.name, Ledger(folder.ledger(record)), keys_of(tasks, record.key, record.runs))
 
 
 def _results(
@@ -144,7 +142,7 @@ def _results(
         if record.name in rows:
             details[record.name] = {
                 **asdict(record),
-                "ledger": str(folder.ledger(record.policy, record.mode)),
+                "ledger": str(folder.ledger(record)),
                 "settings": folder.settings(record),
                 **rows[record.name].to_json(world.domains),
             }

@@ -26,7 +26,7 @@ from rollout.adapter_merge import base_of
 
 NAME = "evaluate"
 GROUPS = ("tasks", "env", "retrieval", "rollout", "evaluate", "cluster", "policy", "benchmark")
-_OF_THE_RUN = ("tasks", "env", "retrieval", "episode", "evaluate")
+_OF_THE_RUN = ("tasks", "env", "retrieval", "episode", "evaluate", "rollout", "cluster")
 _TASK_FILES = (".jsonl", ".json", ".parquet")
 
 

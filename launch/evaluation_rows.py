@@ -13,7 +13,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -64,22 +64,24 @@ class Row:
         ledger: Ledger,
         *,
         keys: Mapping[str, Task] | None = None,
-        policy: str | None = None,
+        only: Collection[str] | None = None,
         votes: bool = False,
     ) -> Row:
-        """`keys`: the episodes that count, with the tasks that they should be of; None: all, or all of `policy`.
+        """`keys`: the episodes that count, with the tasks that they should be of; `only`: the same without; neither:
+        all.
 
         Raises `OtherTaskError` where a task of the ledger is another than that of its key, `LedgerError`.
         """
+        if keys is not None:
+            refuse_other_tasks(name, ledger, keys)
+        selected = keys if keys is not None else only
         runs: dict[str, list[tuple[float, bool]]] = {}
         kinds: dict[str, str] = {}
         read: set[str] = set()
-        for table in ledger.scan(["key", "task_id", "kind", "reward", "success", "policy", "task"]):
+        for table in ledger.scan(["key", "task_id", "kind", "reward", "success"]):
             for each in table.to_pylist():
-                if keys is not None and each["key"] not in keys or policy is not None and each["policy"] != policy:
+                if selected is not None and each["key"] not in selected:
                     continue
-                if keys is not None:
-                    _check_same(name, keys[each["key"]], each["task"])
                 read.add(each["key"])
                 kinds[each["task_id"]] = each["kind"]
                 runs.setdefault(each["task_id"], []).append((each["reward"], each["success"]))
@@ -105,7 +107,6 @@ class Row:
             }
         if keys is not None:  # in the order of the tasks, not of their ends
             results = {task.id: results[task.id] for task in keys.values() if task.id in results}
-        selected = set(keys) if keys is not None else None if policy is None else read
         return cls(
             name=name,
             results=results,
@@ -204,6 +205,14 @@ def pairs(rows: Sequence[Row], domains: Mapping[str, str] | None = None) -> list
         Pair(first=first.name, second=second.name, test=test, holm_p=p, kinds=by_kind)
         for (first, second, test, by_kind), p in zip(found, adjusted, strict=True)
     ]
+
+
+def refuse_other_tasks(name: str, ledger: Ledger, keys: Mapping[str, Task]) -> None:
+    """Raises `OtherTaskError` where a trajectory with one of `keys` is of another task than it should be."""
+    for table in ledger.scan(["key", "task"]):
+        for key, recorded in zip(table.column("key").to_pylist(), table.column("task").to_pylist(), strict=True):
+            if key in keys:
+                _check_same(name, keys[key], recorded)
 
 
 def keys_of(tasks: Iterable[Task], key: Any, runs: int) -> dict[str, Task]:

@@ -129,6 +129,14 @@ def test_a_run_of_chains_of_thought_is_evaluated_by_them(run):
         load_evaluation([f"run={run}", "modes=[agent]"])
 
 
+def test_several_samples_are_a_row_of_their_own_that_more_of_them_go_on_with(student):
+    greedy, four, eight = (RowRecord.of(replace(student, samples=n), "agent") for n in (1, 4, 8))
+    assert (greedy.name, four.name, eight.name) == ("base_student, agent", *["base_student, agent sampled"] * 2)
+    folder = EvaluationFolder("out")
+    assert folder.ledger(greedy) != folder.ledger(four) == folder.ledger(eight)
+    assert greedy.key("t", 0) != four.key("t", 0) == eight.key("t", 0)
+
+
 def test_the_old_names_of_modes_are_known():
     assert load_evaluation([STUDENT, "modes=[greedy,self_consistent]"]).modes == ("agent", "agent_sc")
 

@@ -170,6 +170,16 @@ def test_policies_of_one_ledger_are_rows_of_their_own(tmp_path, capsys):
     assert {name: row["scores"]["arithmetic"]["mean"] for name, row in rows.items()} == {"mixed: p0": 1, "mixed: p1": 0}
 
 
+def test_settings_of_one_policy_are_rows_of_their_own(tmp_path, capsys):
+    runs = [replace(run_of(i, right=s == "a"), key=f"task-{i}|p|0|{s * 12}") for i in range(4) for s in "ab"]
+    ledger_of(tmp_path / "mixed", *runs)
+    rows = compared(capsys, tmp_path / "mixed")["rows"]
+    assert {name: row["scores"]["arithmetic"]["mean"] for name, row in rows.items()} == {
+        "mixed: settings aaaaaaaaaaaa": 1,
+        "mixed: settings bbbbbbbbbbbb": 0,
+    }
+
+
 def test_scores_are_over_the_tasks_that_all_ledgers_have(tmp_path, capsys):
     for name, count in (("one", 6), ("two", 3)):
         ledger_of(tmp_path / name, *(run_of(i, right=i < 3) for i in range(count)))
