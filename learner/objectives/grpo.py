@@ -27,14 +27,13 @@ from typing import Literal
 
 import torch
 
-from learner.examples import Example, RefusedRow
 from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
-from learner.objectives.inputs import needed, scored_row, teacher_own
+from learner.objectives.inputs import OnScores, needed, teacher_own
 from learner.objectives.log_probs import log_probs
 from learner.token_scores import ScoreKind
 
 
-class GrpoObjective:
+class GrpoObjective(OnScores):
     """See the module. Raises ValueError."""
 
     name = "grpo"
@@ -66,13 +65,7 @@ class GrpoObjective:
         self.clip_low, self.clip_high, self.kl_weight = clip_low, clip_high, kl_weight
         self.normalisation, self.max_row_tokens = normalisation, max_row_tokens
         kinds: tuple[ScoreKind, ...] = ("advantage", "behaviour", *(("teacher",) if kl_weight else ()))
-        self.needs: frozenset[ScoreKind] = frozenset(kinds)
-
-    def parameters(self) -> tuple[()]:
-        return ()
-
-    def fit(self, example: Example) -> Example | RefusedRow:
-        return scored_row(example, self.needs)
+        self.needs = frozenset(kinds)
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
         trained = batch.weights > 0

@@ -1,4 +1,4 @@
-"""What objectives that work on scores ask of a row and of a micro-batch: `scored_row`, `needed`, `teacher_own`.
+"""What objectives that work on scores share: `OnScores`, and what they ask of a row and of a micro-batch.
 
 A row is looked at once, when it arrives: without the scores it is refused, with its reason. A token that the policy did
 not sample (a given prefix, a stop token put behind a stop string) is then only read: there is nothing to weigh it by.
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     import torch
 
     from learner.objectives import TensorBatch
+
+
+class OnScores:
+    """Of objectives made of scores: no parameters of their own, and rows without what they need are refused."""
+
+    needs: frozenset[ScoreKind]
+
+    def parameters(self) -> tuple[()]:
+        return ()
+
+    def fit(self, example: Example) -> Example | RefusedRow:
+        return scored_row(example, self.needs)
 
 
 def scored_row(example: Example, needs: frozenset[ScoreKind]) -> Example | RefusedRow:

@@ -26,15 +26,14 @@ from typing import Literal
 
 import torch
 
-from learner.examples import Example, RefusedRow
 from learner.objectives import ObjectiveLoss, TensorBatch, is_likeliest
 from learner.objectives.divergence import divergence, with_rest
-from learner.objectives.inputs import needed, scored_row, teacher_own
+from learner.objectives.inputs import OnScores, needed, teacher_own
 from learner.objectives.log_probs import log_probs
 from learner.token_scores import ScoreKind
 
 
-class OpdObjective:
+class OpdObjective(OnScores):
     """See the module. Raises ValueError."""
 
     name = "opd"
@@ -56,13 +55,7 @@ class OpdObjective:
             raise ValueError(f"{self.name} objective: beta is {beta}; it must be in [0, 1]")
         self.estimator, self.max_ratio, self.beta = estimator, max_ratio, beta
         kinds: tuple[ScoreKind, ...] = ("teacher", "behaviour") if estimator == "sampled" else ("teacher",)
-        self.needs: frozenset[ScoreKind] = frozenset(kinds)
-
-    def parameters(self) -> tuple[()]:
-        return ()
-
-    def fit(self, example: Example) -> Example | RefusedRow:
-        return scored_row(example, self.needs)
+        self.needs = frozenset(kinds)
 
     def loss(self, logits: torch.Tensor, batch: TensorBatch) -> ObjectiveLoss:
         teacher = teacher_own(batch)
