@@ -81,7 +81,7 @@ def env_groups(config: JobConfig, count: int) -> list[RoleGroup]:
                 count=hosts,
                 resources=config.cluster.roles.envs,
                 strategy="SPREAD",
-                remedy="lower rollout.env_hosts, or what cluster.roles.envs asks for",
+                less="rollout.env_hosts or cluster.roles.envs",
             ),
         )
         for i in range(count)
@@ -102,7 +102,7 @@ def learner_group(config: DistillConfig) -> RoleGroup:
         count=config.learner.ranks,
         resources=resources_of(config.cluster, "learner"),
         num_cpus=1.0,
-        remedy="lower learner.ranks, or what a rank takes: cluster.gpus_per_rank, cluster.roles.learner",
+        less="learner.ranks or what a rank takes (cluster.gpus_per_rank, cluster.roles.learner)",
     )
     return RoleGroup(role="learner", name="", group=group)
 

@@ -93,7 +93,7 @@ def actor_group(
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
     strategy: Strategy = "PACK",
-    remedy: str = "",
+    less: str = "",
 ) -> Group:
     """`count` actors alike; the numbers and the strategy are the role's defaults."""
     return Group(
@@ -102,7 +102,7 @@ def actor_group(
         bundles=(resources.bundle(num_cpus=num_cpus, num_gpus=num_gpus),) * count,
         strategy=resources.strategy or strategy,
         labels=resources.labels,
-        remedy=remedy,
+        less=less,
     )
 
 
@@ -139,9 +139,10 @@ def engine_groups(
             bundle["GPU"] = gpus * ranks
         remedy = ""
         if ranks > 1:
-            remedy = f"set {key}tensor_parallel_size to what a node has, {key}pipeline_parallel_size spans nodes"
+            remedy = f"lower {key}tensor_parallel_size to what a node has; {key}pipeline_parallel_size spans nodes"
         elif gpus:
             remedy = "cluster.gpus_per_worker=0 runs engines on CPUs"
+        sizes = f"{key}tensor_parallel_size or " if ranks > 1 else ""
         return [
             Group(
                 who=who,
@@ -150,6 +151,9 @@ def engine_groups(
                 strategy=resources.strategy or "PACK",
                 labels=resources.labels,
                 remedy=remedy,
+                less=f"{sizes}the number of engines ({key}data_parallel_size, rollout.workers)"
+                if engines > 1
+                else sizes[:-4],
             )
         ]
     rank = resources.bundle(num_cpus=1.0, num_gpus=1.0)
@@ -162,7 +166,7 @@ def engine_groups(
             together=tensor_parallel_size,
             whole=True,
             labels=resources.labels,
-            remedy=f"use smaller {key}tensor_parallel_size or {key}pipeline_parallel_size",
+            less=f"{key}tensor_parallel_size or {key}pipeline_parallel_size",
         )
         for i in range(engines)
     ]
@@ -315,7 +319,7 @@ def _pinned(group: Group, torn: Any) -> Any:
         if time.monotonic() > deadline_s:
             raise PlacementError(
                 f"{group.wants()}, and that many are not free together on any node: "
-                f"{nodes_in_words(nodes, free=True)}; {group.remedy}"
+                f"{nodes_in_words(nodes, free=True)}; lower {group.less}"
             )
         time.sleep(0.2)
     return _placement_group(group, [nodes[place].key for place in places[0]])

@@ -73,7 +73,9 @@ class Group:
     labels: Mapping[str, str] = field(default_factory=dict)
     """Label -> what a node must have there, in Ray's words: "a", "!a", "in(a, b)", "!in(a, b)"."""
     remedy: str = ""
-    """What to change where it does not fit."""
+    """What to change where no node can hold a part of it."""
+    less: str = ""
+    """The settings that make it ask for less."""
 
     @property
     def asks(self) -> bool:
@@ -89,11 +91,12 @@ class Group:
     def wants(self) -> str:
         """In words: "the learner wants 4 ranks of 1 GPU and 1 CPU, packed"."""
         how = {"SPREAD": ", spread", "STRICT_PACK": ", all on one node", "STRICT_SPREAD": ", each on a node of its own"}
-        each = words(self.bundles[0]) if self.bundles else "nothing"
+        asks = self.bundles[0] if self.bundles else {}
+        each = f" of {words(asks)}" if any(asks.values()) else ""
         share = f", {self.together} of them on a node" if self.together > 1 else ""
         labels = f", on nodes with {_labels(self.labels)}" if self.labels else ""
         count, what = len(self.bundles), self.what
-        many = f"{count} {what} of {each}" if count != 1 else f"1 {singular(what)} of {each}"
+        many = f"{count} {what if count != 1 else singular(what)}{each}"
         return f"{self.who} wants {many}{share}{how.get(self.strategy, '') if count > 1 else ''}{labels}"
 
 
@@ -124,7 +127,7 @@ def check(groups: Sequence[Group], nodes: Sequence[Node], *, when: str = "") -> 
             together = f" {when}" if when else ""
             raise PlacementError(
                 f"all roles together want {summed:g} {name}{together} ({parts}), and the cluster has "
-                f"{total:g} in all: {nodes_in_words(nodes)}{_remedies(asking, name)}"
+                f"{total:g} in all: {nodes_in_words(nodes)}{_lower(asking, name)}"
             )
     try:
         possible = _assign(asking, nodes, [dict(node.total) for node in nodes]) is not None
@@ -230,13 +233,13 @@ def _never(group: Group, nodes: Sequence[Node]) -> str:
 
 def _told(group: Group, why: str, nodes: Sequence[Node]) -> str:
     total = words(added([node.total for node in nodes]), zero="neither GPUs nor CPUs")
-    remedy = f"; {group.remedy}" if group.remedy else ""
+    remedy = f"; {group.remedy or group.less and 'lower ' + group.less}" if group.remedy or group.less else ""
     return f"{group.wants()}; {why}; the cluster has {total} in all: {nodes_in_words(nodes)}{remedy}"
 
 
-def _remedies(groups: Sequence[Group], name: str) -> str:
-    found = dict.fromkeys(g.remedy for g in groups if g.remedy and any(b.get(name) for b in g.bundles))
-    return "".join(f"; {remedy}" for remedy in found)
+def _lower(groups: Sequence[Group], name: str) -> str:
+    found = list(dict.fromkeys(g.less for g in groups if g.less and any(b.get(name) for b in g.bundles)))
+    return "; add nodes" + (f", or lower {', '.join(found)}" if found else "")
 
 
 class _NotFoundError(Exception):
