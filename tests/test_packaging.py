@@ -130,7 +130,8 @@ def wheel(tmp_path_factory) -> set[str]:
     source = tmp_path_factory.mktemp("source")
     target = tmp_path_factory.mktemp("wheel")
     for package in (*PACKAGES, "configs"):
-        shutil.copytree(ROOT / package, source / package)
+        # Not what another process of the tests is just writing beside a module.
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
