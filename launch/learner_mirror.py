@@ -23,8 +23,6 @@ from launch.mirror import Mirror, Mirroring
 WHOLE = ("checkpoints/*", "snapshots/*", "best", "student")
 SKIP = ("published/", "candidates/", "checkpoints/damaged-*/", "final.json")
 """What other processes use while they run, and what belongs to the driver."""
-SIGHT_S = 60.0
-"""Within it a rank has to see what rank 0 has written."""
 
 
 class NotSharedError(RuntimeError):
@@ -33,10 +31,12 @@ class NotSharedError(RuntimeError):
 
 @dataclass(slots=True)
 class LearnerMirror:
-    """`uri`: the learner's folder in the store; `fence`: None for one that only reads."""
+    """`uri`: the learner's folder in the store; `fence`: None for one that only reads; `sight_s`: within it a rank has
+    to see what rank 0 has written."""
 
     uri: str
     fence: Fence | None
+    sight_s: float = 60.0
     mirroring: Mirroring | None = None
 
     def check(self) -> None:
@@ -49,7 +49,7 @@ class LearnerMirror:
         """See `learner.base.FolderKeeper`. Raises `OSError`, `NotSharedError`."""
         mark = folder / f".rank0-{attempt}"
         if rank != 0:
-            _see(mark, rank)
+            _see(mark, rank, self.sight_s)
             yield
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ class LearnerMirror:
         return Mirror(folder, self.uri, whole=WHOLE, skip=SKIP, without=without, fence=fence)
 
 
-def _see(mark: Path, rank: int) -> None:
-    deadline_s = time.monotonic() + SIGHT_S
+def _see(mark: Path, rank: int, within_s: float) -> None:
+    deadline_s = time.monotonic() + within_s
     while not mark.exists():
         if time.monotonic() > deadline_s:
             raise NotSharedError(
