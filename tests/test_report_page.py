@@ -24,6 +24,7 @@ from launch.report.__main__ import main
 from launch.report.charts import Line, Rate, line_chart, nice_ticks, rate_chart
 from launch.report.page import LARGEST_BYTES
 from rollout.ledger import LedgerWriter
+from rollout.storage import open_storage
 from rollout.trajectory import Trajectory
 
 TAGS = set(
@@ -252,20 +253,33 @@ def test_a_complete_run_that_is_shown_again_keeps_its_report(tmp_path: Path) -> 
     assert (run / REPORT).read_text() == "as it was" and not said
 
 
-def test_a_collection_in_a_bucket_has_its_report_there(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://...` of a new one."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     fs = pyarrow.fs.S3FileSystem(endpoint_override=s3_endpoint, allow_bucket_creation=True, region="us-east-1")
-    bucket = f"report-{uuid.uuid4().hex[:8]}"
-    fs.create_dir(bucket)
-    place = f"s3://{bucket}/mine"
-    LedgerWriter(f"{place}/ledger", "w").append([sampled(i) for i in range(4)])
-    with fs.open_output_stream(f"{bucket}/mine/config.json") as file:
-        file.write(json.dumps({"recipe": "starter", "out": place, "split": "train", "scratch": ""}).encode())
-    assert write_report(place) == f"{place}/{REPORT}"
-    with fs.open_input_stream(f"{bucket}/mine/{REPORT}") as file:
-        assert b"4 of 4 training tasks" in file.read()
+    name = f"report-{uuid.uuid4().hex[:8]}"
+    fs.create_dir(name)
+    return f"s3://{name}"
+
+
+def test_a_collection_in_a_bucket_has_its_report_there(bucket: str) -> None:
+    LedgerWriter(f"{bucket}/mine/ledger", "w").append([sampled(i) for i in range(4)])
+    storage = open_storage(f"{bucket}/mine")
+    config = {"recipe": "starter", "out": f"{bucket}/mine", "split": "train", "scratch": ""}
+    storage.replace("config.json", json.dumps(config).encode())
+    assert write_report(f"{bucket}/mine") == f"{bucket}/mine/{REPORT}"
+    assert b"4 of 4 training tasks" in storage.read(REPORT)
+
+
+def test_a_run_whose_ledgers_are_in_a_bucket_has_its_report_beside_its_files(tmp_path: Path, bucket: str) -> None:
+    run = run_folder(tmp_path, collected=[])
+    LedgerWriter(f"{bucket}/run/ledger", "w").append([sampled(i) for i in range(4)])
+    LedgerWriter(f"{bucket}/run/evaluation/student", "w").append([sampled(i, policy="student") for i in range(3)])
+    page = Path(write_report(run, ledgers=f"{bucket}/run")).read_text()
+    assert "4 of 4 training tasks" in page and "100% [44, 100]" in page
 
 
 # -- the command

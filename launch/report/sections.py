@@ -208,7 +208,7 @@ def success(figures: Figures) -> Markup:
         ledger = collected["training"]
         parts += [tag("h3", "Of the trajectories collected for training, by kind"), _by_kind(ledger)]
     series = _series(figures, evaluated or collected)
-    by_steps = _grouped(series, lambda ledger, policy: ledger.by_steps.get(policy, {}), _steps_label)
+    by_steps = _grouped(series, lambda ledger, policy: ledger.by_steps.get(policy, {}), _steps_label, least=1)
     if by_steps:
         parts += [
             tag("h3", "By the number of steps that the policy took"),
@@ -238,15 +238,19 @@ def _series(figures: Figures, ledgers: Mapping[str, LedgerFigures]) -> _Series:
 
 
 def _grouped(
-    series: _Series, cells: Callable[[LedgerFigures, str], Mapping[int, Cell]], label: Callable[[int], str]
+    series: _Series,
+    cells: Callable[[LedgerFigures, str], Mapping[int, Cell]],
+    label: Callable[[int], str],
+    *,
+    least: int = 2,
 ) -> list[tuple[str, list[Rate]]]:
-    """Buckets that at least one policy fills; [] when there is only one."""
+    """Buckets that at least one policy fills; [] when there are fewer than `least`."""
     by_bucket: dict[int, list[Rate]] = {}
     for title, colour, ledger, policy in series:
         for bucket, (n, right) in cells(ledger, policy).items():
             if n >= _SMALL:
                 by_bucket.setdefault(bucket, []).append(Rate(title, score(right, n), colour))
-    if len(by_bucket) < 2:
+    if len(by_bucket) < least:
         return []
     return [(label(bucket), rates) for bucket, rates in sorted(by_bucket.items())][:_MOST_ROWS]
 
@@ -518,7 +522,7 @@ def _cost_cells(total: Tally) -> list[str]:
 def usd(value: float) -> str:
     if value == 0:
         return "0"
-    return f"{value:,.2f}" if value >= 1 else f"{value:.5f}".rstrip("0")
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.5f}"
 
 
 # -- failures and ends

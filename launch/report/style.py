@@ -74,9 +74,10 @@ section.part { padding: 2.2rem 0 .6rem; } section.part + section.part { border-t
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; min-width: 40%; }
 th, td { padding: .42rem .9rem .42rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); font-size: .82rem; vertical-align: bottom; }
-th.n, td.n { text-align: right; white-space: nowrap; padding-left: .9rem; padding-right: .3rem; }
+th.n, td.n { text-align: right; white-space: nowrap; padding-left: .9rem; padding-right: .9rem; } td:first-child {
+  min-width: 9rem; } details.config { margin-top: 1.4rem; }
 td.n .spark { display: block; margin: .25rem 0 0 auto; }
-tr.total td { font-weight: 600; } .scores td:first-child { white-space: nowrap; font-weight: 600; padding-right:
+.scores td:first-child { white-space: nowrap; font-weight: 600; padding-right:
   1.4rem; }
 .scores td.n b { font-size: 1.06rem; } .scores td.n i { font-style: normal; color: var(--faint); font-size: .8rem; }
 td .message { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; white-space: pre-wrap;
