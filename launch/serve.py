@@ -14,6 +14,10 @@ curl -N localhost:8000/v1/chat/completions -H 'content-type: application/json' \
 The last user message of a conversation is the task; earlier messages are left out unless --history says how many are
 put in front of it, since students are trained on single questions. System messages are left out: a student has the
 prompt that it was trained with.
+
+Beyond OpenAI's fields a request may hold candidates, max_steps, top_k, trajectory (true: all that happened, beside the
+answer) and steps (where they are shown); launch/serving/chat_request.py says how. A teacher behind an API is paid for
+each question; the spend cap of its run does not hold here.
 """
 
 from __future__ import annotations

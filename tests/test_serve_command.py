@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from openai import DefaultHttpxClient, OpenAI
-from serving_samples import write_run
+from openai import APIStatusError, AsyncOpenAI, DefaultHttpxClient, OpenAI
+from serving_samples import run, small_plan, write_run
 
 from launch.serve import main
+from launch.serving.lifecycle import listen, run_service, url_of
+from launch.serving.service import Service, ServiceSettings, State
 from rollout.ledger import Ledger
+from rollout.policy_spec import PolicySpec
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(110)
@@ -106,6 +110,43 @@ def test_it_answers_records_and_ends_with_all_that_it_started(finished, tmp_path
     assert recorded.task.question == task.question and recorded.prediction == task.answer
 
 
+def test_a_second_signal_ends_what_the_first_one_waits_for(signals_kept):
+    said = []
+
+    async def silent(reader, writer):
+        await reader.read()
+
+    async def scenario():
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as endpoint:
+            base_url = f"http://127.0.0.1:{endpoint.sockets[0].getsockname()[1]}/v1"
+            spec = PolicySpec(kind="openai", model="m", base_url=base_url)
+            service = Service(small_plan(spec=spec), ServiceSettings(model="m"))
+            bound = listen("127.0.0.1", 0)
+            running = asyncio.create_task(run_service(service, bound, drain_s=60, say=said.append))
+            async with AsyncOpenAI(
+                base_url=f"{url_of(bound, '127.0.0.1')}/v1", api_key="none", max_retries=0
+            ) as client:
+                await until(lambda: service.state is State.READY)
+                message = {"role": "user", "content": "Who answers?"}
+                asked = asyncio.create_task(client.chat.completions.create(model="m", messages=[message]))
+                await until(lambda: service.running == 1)
+                os.kill(os.getpid(), signal.SIGINT)
+                await until(lambda: service.state is State.DRAINING)
+                assert not asked.done()
+                os.kill(os.getpid(), signal.SIGINT)
+                with pytest.raises(APIStatusError, match="the server is shutting down"):
+                    await asked
+            return await running
+
+    async def until(holds):
+        async with asyncio.timeout(20):
+            while not holds():
+                await asyncio.sleep(0.01)
+
+    assert run(scenario()) == 0
+    assert said[-1] == "1 episodes were cut off"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_student_on_vllm_outlives_a_terminals_interrupt_until_its_answers_are_there(finished, tmp_path):
@@ -123,7 +164,7 @@ def test_a_student_on_vllm_outlives_a_terminals_interrupt_until_its_answers_are_
         "0",
     ]
     process = subprocess.Popen(
-        [*command, "--engine", "own_process", "--model-name", "base", "--candidates", "4"],
+        [*command, "--engine", "own_process", "--model-name", "base", "--candidates", "4", "--drain-s", "150"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

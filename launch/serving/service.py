@@ -132,7 +132,8 @@ class Service:
         changes = {name: value for name, value in given.items() if value is not None}
         try:
             settings = plan.settings(asked.candidates or self.settings.candidates)
-            settings = replace(settings, deadline_s=self.settings.deadline_s, **changes)
+            kept = self.recorder is not None  # a ledger keeps log-probabilities; nobody else asks for them
+            settings = replace(settings, deadline_s=self.settings.deadline_s, logprobs=kept, **changes)
         except ValueError as error:
             raise invalid(str(error)) from None
         sample = None if asked.seed is None else 0
