@@ -44,6 +44,7 @@ _LOOK_SHARE = 0.05
 """At most this share of the time goes into listing folders."""
 _KEPT_HITS = 4
 _REMOTE_LOOK_EVERY_S = 10.0
+_TROUBLE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,36 +237,41 @@ class Catalog:
 
     def _fill(self) -> None:
         connection = self._connection.cursor()
-        stop = self._stopping.is_set
-        while not stop():
-            started = time.monotonic()
-            words = False
-            for index in self.indices:
-                try:
-                    before = (index.rows, index.next_id)
-                    index.look(connection)
-                    if index.unread:
-                        while index.read_columns(connection, stop):
-                            self._version += 1
-                            if stop():
-                                return
-                    if (index.rows, index.next_id) != before:
-                        self._version += 1
-                    self._trouble = ""
-                except (LedgerError, OSError) as error:
-                    self._trouble = f"{index.uri}: {error}"
-            self._looked.set()
-            looking_s = time.monotonic() - started
-            for index in self.indices:
+        try:
+            while not self._stopping.is_set():
+                started, looking_s = time.monotonic(), 0.0
                 # New columns are looked for between two batches of words: they are what a person waits for.
-                try:
-                    words = index.read_words(connection, stop) or words
-                except OSError as error:
-                    self._trouble = f"{index.uri}: {error}"
-            if not words:
-                every = _REMOTE_LOOK_EVERY_S if self._remote else _LOOK_EVERY_S
-                self._wake.wait(max(every, looking_s / _LOOK_SHARE))
-                self._wake.clear()
+                trouble, words = "", False
+                for read in (self._read_columns, self._read_words):
+                    for index in self.indices:
+                        try:
+                            words = read(index, connection) or words
+                        except Exception as error:  # a store that is away, a full disk: said on every page, tried again
+                            trouble = f"{index.uri}: {' '.join(str(error).split())}"
+                    if read == self._read_columns:
+                        self._looked.set()
+                        looking_s = time.monotonic() - started
+                self._trouble = trouble
+                if trouble or not words:
+                    every = _TROUBLE_EVERY_S if trouble else _REMOTE_LOOK_EVERY_S if self._remote else _LOOK_EVERY_S
+                    self._wake.wait(max(every, looking_s / _LOOK_SHARE))
+                    self._wake.clear()
+        finally:
+            connection.close()
+
+    def _read_columns(self, index: LedgerIndex, connection: Any) -> bool:
+        """All that is new; nothing is left to come back for."""
+        stop = self._stopping.is_set
+        before = (index.rows, index.next_id)
+        if index.look(connection):
+            while index.read_columns(connection, stop) and not stop():
+                self._version += 1
+        if (index.rows, index.next_id) != before:
+            self._version += 1
+        return False
+
+    def _read_words(self, index: LedgerIndex, connection: Any) -> bool:
+        return index.read_words(connection, self._stopping.is_set)
 
     @property
     def _remote(self) -> bool:

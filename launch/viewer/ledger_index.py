@@ -172,6 +172,7 @@ class LedgerIndex:
         except BaseException:
             connection.execute("rollback")
             self._waiting = []
+            self._count(connection)
             raise
         self._known.update({shard: number for number, shard, _ in taken})
         self._count(connection)
@@ -238,8 +239,7 @@ class LedgerIndex:
         self._count(connection)
 
     def _count(self, connection: duckdb.DuckDBPyConnection) -> None:
-        found = connection.execute(f"select count(*), coalesce(max(id), -1) + 1 from {self.name}.rows").fetchone()
-        assert found is not None
+        found = connection.execute(f"select count(*), coalesce(max(id), -1) + 1 from {self.name}.rows").fetchall()[0]
         self.rows, self.next_id = found[0], max(self.next_id, found[1])
 
     def read_words(self, connection: duckdb.DuckDBPyConnection, stop: Callable[[], bool]) -> bool:

@@ -48,6 +48,8 @@ _FLAT = (
 _SHORT = {"question": ("task", "question"), "answer": ("task", "answer"), "failure": ("failure", "message")}
 """Column -> where it is; the beginning of it is kept."""
 _SHORT_CHARACTERS = 240
+_NAMES = frozenset({"kind", "policy", "weights_version", "stop_reason", "failure_class"})
+"""Cut there as well: they are filters to choose from, whoever wrote them."""
 COLUMNS = pa.schema(
     [
         *(pa.field(name, SCHEMA.field(name).type) for name in _FLAT),
@@ -71,8 +73,8 @@ def columns(storage: Storage, shard: str) -> Iterator[pa.Table]:
             name: pc.struct_field(table.column(path[0]).combine_chunks(), path[1]) for name, path in _SHORT.items()
         }
         short["prediction"] = table.column("prediction")
-        made = [table.column(name) for name in _FLAT]
-        made += [pc.utf8_slice_codeunits(each, 0, _SHORT_CHARACTERS) for each in short.values()]
+        made = [_cut(table.column(name)) if name in _NAMES else table.column(name) for name in _FLAT]
+        made += [_cut(each) for each in short.values()]
         made.append(pa.array(range(first, first + table.num_rows), pa.int32()))
         first += table.num_rows
         yield pa.Table.from_arrays(made, schema=COLUMNS)
@@ -112,6 +114,10 @@ def tables(storage: Storage, shard: str, wanted: Sequence[int]) -> Iterator[pa.T
     """The same as tables of `rollout.records.SCHEMA`. Raises one of `READ_ERRORS`."""
     for _, table in _wanted_parts(storage, shard, wanted, None):
         yield current(table)
+
+
+def _cut(texts: Any) -> Any:
+    return pc.utf8_slice_codeunits(texts, 0, _SHORT_CHARACTERS)
 
 
 def _offsets(steps: pa.ListArray) -> pa.Array:

@@ -30,6 +30,8 @@ from rollout.trajectory import Completion, Trajectory
 
 MOST_TOKENS = 20_000
 """A page shows so many; the row is checked whole."""
+MOST_CHARACTERS = 200_000
+"""A longer conversation would take many seconds to take apart, and nobody reads it token by token."""
 _OWN_ROLLOUTS = frozenset({"grpo", "opd", "sod"})
 """Objectives that learn from a student's own rollouts, right or wrong (`Objective.successes_only` is False): named here
 because to ask them is to import torch."""
@@ -99,6 +101,12 @@ class TokenViews:
             return TokenView(
                 unknown="There is no trained student beside this ledger. Start the viewer with --tokenizer FOLDER to "
                 "see its rows as the tokens of that tokenizer."
+            )
+        characters = sum(len(message.content) for message in trajectory.messages())
+        if characters > MOST_CHARACTERS:
+            return TokenView(
+                unknown=f"It has {characters:,} characters; up to {MOST_CHARACTERS:,} are shown as tokens. "
+                "python -m learner.audit checks rows of any length."
             )
         with self._lock:
             try:

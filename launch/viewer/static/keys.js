@@ -41,7 +41,10 @@ export function keys(actions) {
   };
   document.addEventListener("keydown", (event) => {
     if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-    if (event.key === "Escape" && typing(event.target)) return event.target.blur();
+    if (event.key === "Escape" && typing(event.target)) {
+      event.preventDefault(); // browsers empty a search field then
+      return event.target.blur();
+    }
     if (typing(event.target)) return;
     // Arrows scroll a text that is wider than its box, and choose among buttons.
     if (event.key.startsWith("Arrow") && event.target.closest("pre:not(.tokens), [type=radio], summary")) return;
