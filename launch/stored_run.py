@@ -23,7 +23,6 @@ Example::
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import shutil
@@ -39,10 +38,13 @@ from launch.learner_mirror import LearnerMirror
 from launch.lease import Lease, LeaseHeld, LeaseLost, LeaseTimes
 from launch.mirror import INDEX, Mirror, Mirroring
 from launch.run_folder import RunFolder, RunFolderError, RunLostError
+from launch.wiring import START_TIMEOUT_S
 from rollout.storage import Storage, StorageError, ahead, open_storage
 
 SKIP = ("ledger/", "index/", "evaluation/*/", "learner/*", "learner/*/", "spend.jsonl")
 KEEP = ("learner/final.json",)
+BRING_S = 1800.0
+"""For a student to be copied to its workers."""
 _LEDGERS = ("ledger", "evaluation")
 
 
@@ -133,19 +135,20 @@ class StoredRun(RunFolder):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = set(ray.get([actor.__ray_call__.remote(_node) for actor in actors]))
         bring = ray.remote(num_cpus=0)(_bring)
         mirror = LearnerMirror(uri=f"{self.uri}/learner", fence=None)
         try:
+            nodes = set(ray.get([actor.__ray_call__.remote(_node) for actor in actors], timeout=START_TIMEOUT_S))
             ray.get(
                 [
                     bring.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                         mirror, str(self.learner), "student"
                     )
                     for node in nodes
-                ]
+                ],
+                timeout=BRING_S,
             )
-        except ray.exceptions.RayError as error:  # type: ignore[attr-defined]
+        except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
             raise RunLostError(f"the student cannot be brought to its workers: {error}") from None
 
     def gather(self) -> None:
@@ -198,7 +201,7 @@ def _copy_ledgers(storage: Storage, folder: Path) -> None:
 
 def scratch_folder(uri: str, scratch: str = "") -> Path:
     """The folder of one run, in `scratch` or (for "") where this machine has temporary files."""
-    parent = Path(scratch) if scratch else Path(tempfile.gettempdir()) / f"apprentice-{getpass.getuser()}"
+    parent = Path(scratch) if scratch else Path(tempfile.gettempdir()) / f"apprentice-{os.getuid()}"
     return parent / hashlib.sha256(uri.encode()).hexdigest()[:12] / uri.rsplit("/", 1)[-1]
 
 

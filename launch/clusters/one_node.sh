@@ -19,8 +19,10 @@ if ((gpus == 0)); then cluster=(cluster=local); fi
 # Nobody but this machine speaks to it: loopback alone, and ports that are free.
 free() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 port=$(free) dashboard=$(free)
-temp=$(mktemp -d "${TMPDIR:-/tmp}/ray-XXXXXX")
-export RAY_AUTH_MODE=disabled
+temp=$(mktemp -d -t ray-XXXXXX)
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
 
 ray start --head --block --node-ip-address=127.0.0.1 --port="$port" --temp-dir="$temp" \
 	--include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
