@@ -31,8 +31,8 @@ ANSWERS = {
     "Elizabeth": "Mary Stuart, Queen of Scots",
     # Mathematical ones in another form.
     "pmatrix": "$-32$", "x^2+bx+16": r"(-\infty, -8] \cup [8, \infty)", "hyperbola": r"6\sqrt3", "two cities": "180",
-    "mill": "8,990,625", "screws": "427564.3125", "coins": "-2000182", "rope": "1410934.714",
-    "7^{100}": "001", "divisors": "72.0", "odd positive": "29", r"8\times 8": "1568",
+    "mill": "8,990,625", "screws": "427564.3125", "coins": "-2000182", "A rope": "1410934.714",
+    "7^{100}": "001", "divisors": "72", "odd positive": "29", r"8\times 8": "1568",
     "series": "0.75", "larger solution": r"\sqrt{2}+3", "|x-1|": "[-1, 3]", "ball": r"4\pi\sqrt{3}",
 }  # fmt: skip
 WRONG_OF = ("Rhine", "coins", "ball")
