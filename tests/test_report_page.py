@@ -21,8 +21,9 @@ from viewer_samples import HOSTILE, hostile, numbered, voted
 from launch.intervals import Score
 from launch.report import REPORT, reported, write_report
 from launch.report.__main__ import main
-from launch.report.charts import Line, Rate, line_chart, nice_ticks, rate_chart
+from launch.report.charts import Line, line_chart, nice_ticks
 from launch.report.page import LARGEST_BYTES
+from launch.report.rate_charts import Rate, rate_chart
 from rollout.ledger import LedgerWriter
 from rollout.storage import open_storage
 from rollout.trajectory import Trajectory

@@ -1,4 +1,4 @@
-"""Charts as inline SVG in HTML: crisp at every width, in the colours of the page, without a script.
+"""Line charts and bars as inline SVG in HTML: crisp at every width, in the colours of the page, without a script.
 
 A chart is as wide as its place. Labels are set in the page's own size and never stretched: they are SVG text placed by
 percentages, and only the curves lie in a stretched view box, with strokes that do not scale
@@ -8,17 +8,16 @@ defines for light and dark. Pointing at a line chart shows the values there, by 
 Example::
 
     line_chart([Line("loss", [(0.0, 3.2), (1.0, 0.4)])], title="Loss", x="million tokens", y="nats a token", log=True)
-    rate_chart([("arithmetic", [Rate("student", Score(0.9, 0.85, 0.94, 200), 0)])])
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launch.intervals import Score
 from launch.report.markup import Markup, tag, void
+from launch.report.wording import duration, number
 
 COLOURS = 8
 _BOX = 1000
@@ -38,15 +37,6 @@ class Line:
     strong: bool = False
     dots: bool = False
     """Points are marked: for few of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A success rate with its interval."""
-
-    name: str
-    score: Score
-    colour: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +80,21 @@ def line_chart(
     at_y: Callable[[float], float] = lambda v: 1 - min(1.0, max(0.0, scale(v)))  # noqa: E731
 
     grid = [
-        void("line", class_="grid", x1="0", x2="100%", y1=_percent(at_y(tick)), y2=_percent(at_y(tick)))
+        void("line", class_="grid", x1="0", x2="100%", y1=percent_of(at_y(tick)), y2=percent_of(at_y(tick)))
         for tick in y_ticks
     ]
     curves = [
         void(
             "polyline",
-            class_=f"line {_class(line.colour)}{' strong' if line.strong else ''}",
+            class_=f"line {colour_class(line.colour)}{' strong' if line.strong else ''}",
             points=_points(line, at_x, at_y),
         )
         for line in lines
     ]
     dots = [
-        void("circle", class_=f"dot {_class(line.colour)}", cx=_percent(at_x(px)), cy=_percent(at_y(py)), r="3")
+        void(
+            "circle", class_=f"dot {colour_class(line.colour)}", cx=percent_of(at_x(px)), cy=percent_of(at_y(py)), r="3"
+        )
         for line in lines
         if line.dots
         for px, py in line.points
@@ -115,7 +107,7 @@ def line_chart(
         "svg", *grid, stretched, *dots, *_hovers(lines, at_x, x, show), class_="plot", role="img",
         aria_label=_in_words(lines, title, x, y, show),
     )  # fmt: skip
-    marked = [(number(tick) if log else show(tick), _percent(at_y(tick))) for tick in y_ticks]
+    marked = [(number(tick) if log else show(tick), percent_of(at_y(tick))) for tick in y_ticks]
     y_axis = tag(
         "svg",
         *(tag("text", text, x="100%", y=at, dy=".32em") for text, at in marked),
@@ -124,75 +116,28 @@ def line_chart(
     )
     x_axis = tag(
         "svg",
-        *(tag("text", number(tick), x=_percent(at_x(tick)), y="1em", class_=_anchor(at_x(tick))) for tick in x_ticks),
+        *(tag("text", number(tick), x=percent_of(at_x(tick)), y="1em", class_=anchor(at_x(tick))) for tick in x_ticks),
         class_="xaxis",
         aria_hidden="true",
     )
-    legend = _legend([(line.name, line.colour) for line in lines]) if len(lines) > 1 else ""
+    named = legend([(line.name, line.colour) for line in lines]) if len(lines) > 1 else ""
     return tag(
         "figure",
         tag("figcaption", tag("b", title), tag("span", y, class_="unit")),
-        legend,
+        named,
         tag("div", y_axis, plot, x_axis, tag("div", x, class_="xlabel"), class_="frame"),
         tag("p", note, class_="note") if note else "",
         class_="chart",
     )
 
 
-def rate_chart(groups: Sequence[tuple[str, Sequence[Rate]]], *, unit: str = "tasks") -> Markup:
-    """Success rates as dots with 95% whiskers on one scale from 0 to 100%, in named groups."""
-    names = list(dict.fromkeys((rate.name, rate.colour) for _, rates in groups for rate in rates))
-    rows: list[Markup] = []
-    for label, rates in groups:
-        lines = [
-            tag(
-                "div",
-                tag("span", rate.name if len(names) > 1 else "", class_="who") if len(names) > 1 else "",
-                _whisker(rate, label),
-                tag("span", percent(rate.score), " ", tag("i", f"n={rate.score.n:,}"), class_="value"),
-                class_="rate" if len(names) > 1 else "rate alone",
-            )
-            for rate in rates
-        ]
-        rows.append(tag("div", tag("div", label, class_="label"), tag("div", *lines, class_="lines"), class_="group"))
-    ends = tag(
-        "svg",
-        *(
-            tag("text", f"{tick}", x=f"{tick}%", y="1em", class_=_anchor(tick / 100))
-            for tick in (0, 25, 50, 75, 100)
-        ),
-        class_="scale",
-        aria_hidden="true",
-    )  # fmt: skip
-    axis_line = tag(
-        "div",
-        tag("span", class_="who") if len(names) > 1 else "",
-        ends,
-        tag("span", f"% of {unit}", class_="value"),
-        class_="rate axis" if len(names) > 1 else "rate alone axis",
-    )
-    rows.append(tag("div", tag("div", class_="label"), tag("div", axis_line, class_="lines"), class_="group"))
-    return tag("div", *rows, class_="rates")
-
-
-def interval(score: Score, colour: int = 0) -> Markup:
-    """A score's interval alone, small, for a cell of a table."""
-    return tag(
-        "svg",
-        void("line", class_="grid", x1="0", x2="100%", y1="50%", y2="50%"),
-        *_marks(score, colour, radius="3"),
-        class_="spark",
-        aria_hidden="true",
-    )
-
-
 def bar(share: float, colour: int | str = 0, *, label: str = "") -> Markup:
     """A share in [0, 1] as a bar, for a cell of a table."""
-    width = _percent(min(1.0, max(0.0, share)))
+    width = percent_of(min(1.0, max(0.0, share)))
     return tag(
         "svg",
         void("rect", class_="ground", width="100%", height="100%", rx="3"),
-        void("rect", class_=f"fill {_class(colour)}", width=width, height="100%", rx="3"),
+        void("rect", class_=f"fill {colour_class(colour)}", width=width, height="100%", rx="3"),
         class_="bar",
         role="img",
         aria_label=label or f"{100 * share:.0f}%",
@@ -214,9 +159,9 @@ def stacked_bar(parts: Sequence[Part], *, title: str, unit: str) -> Markup:
                 tag("title", f"{part.name}: {part.value:,.0f} {unit} ({100 * share:.1f}%)"),
                 void(
                     "rect",
-                    class_=f"fill {_class(part.colour)}",
-                    x=_percent(start),
-                    width=_percent(share),
+                    class_=f"fill {colour_class(part.colour)}",
+                    x=percent_of(start),
+                    width=percent_of(share),
                     height="100%",
                 ),
             )
@@ -261,8 +206,8 @@ def span_chart(rows: Sequence[tuple[str, float, float, int | str]], *, title: st
                     tag("title", f"{name}: {number(start)} to {number(end)} {x}"),
                     void("rect", class_="ground", width="100%", height="100%", rx="3"),
                     void(
-                        "rect", class_=f"fill {_class(colour)}", x=_percent(start / whole),
-                        width=_percent(max(end - start, whole / 400) / whole), height="100%", rx="3",
+                        "rect", class_=f"fill {colour_class(colour)}", x=percent_of(start / whole),
+                        width=percent_of(max(end - start, whole / 400) / whole), height="100%", rx="3",
                     ),
                 ),
                 class_="bar",
@@ -277,7 +222,10 @@ def span_chart(rows: Sequence[tuple[str, float, float, int | str]], *, title: st
     ticks = [tick for tick in nice_ticks(0.0, whole, 6) if tick <= whole]
     scale = tag(
         "svg",
-        *(tag("text", number(tick), x=_percent(tick / whole), y="1em", class_=_anchor(tick / whole)) for tick in ticks),
+        *(
+            tag("text", number(tick), x=percent_of(tick / whole), y="1em", class_=anchor(tick / whole))
+            for tick in ticks
+        ),
         class_="scale",
         aria_hidden="true",
     )
@@ -285,36 +233,6 @@ def span_chart(rows: Sequence[tuple[str, float, float, int | str]], *, title: st
     return tag(
         "figure", tag("figcaption", tag("b", title)), tag("div", *lines, axis, class_="spans"), class_="chart",
     )  # fmt: skip
-
-
-def percent(score: Score) -> str:
-    """`87% [83, 90]`, with a decimal where there are enough trials for it to mean something."""
-    digits = 1 if score.n >= 1000 else 0
-    return f"{100 * score.mean:.{digits}f}% [{100 * score.low:.{digits}f}, {100 * score.high:.{digits}f}]"
-
-
-def number(value: float) -> str:
-    """Short, for axes and cells: 0.0004 as 4e-4, 12,000 as 12k."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size < 0.001:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            scaled = value / (1e3 if unit == "k" else limit)
-            return f"{scaled:.3g}{unit}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """3.1 s, 6 min 19 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
@@ -353,12 +271,12 @@ def _hovers(
     for at, values in sorted(columns.items()):
         told = "\n".join(f"{name}: {show(py)}" for name, (_, py) in values.items())
         where = next(iter(values.values()))[0]
-        middle = _percent(at_x(where))
+        middle = percent_of(at_x(where))
         made.append(
             tag(
                 "g",
                 tag("title", f"{number(where)} {x}\n{told}"),
-                void("rect", x=_percent(at / count), width=_percent(1 / count), height="100%"),
+                void("rect", x=percent_of(at / count), width=percent_of(1 / count), height="100%"),
                 void("line", x1=middle, x2=middle, y1="0", y2="100%"),
                 class_="hit",
             )
@@ -366,37 +284,13 @@ def _hovers(
     return made
 
 
-def _whisker(rate: Rate, label: str) -> Markup:
-    ticks = [
-        void("line", class_="grid", x1=f"{tick}%", x2=f"{tick}%", y1="0", y2="100%") for tick in (0, 25, 50, 75, 100)
-    ]
-    told = f"{rate.name}, {label}: {percent(rate.score)}, n={rate.score.n:,}"
-    return tag(
-        "svg",
-        *ticks,
-        tag("g", tag("title", told), *_marks(rate.score, rate.colour, radius="4.5")),
-        class_="track",
-        role="img",
-        aria_label=told,
-    )
-
-
-def _marks(score: Score, colour: int, *, radius: str) -> list[Markup]:
-    return [
-        void(
-            "line", class_=f"whisker {_class(colour)}", x1=_percent(score.low), x2=_percent(score.high), y1="50%",
-            y2="50%",
-        ),
-        void("circle", class_=f"dot {_class(colour)}", cx=_percent(score.mean), cy="50%", r=radius),
-    ]  # fmt: skip
-
-
-def _legend(names: Sequence[tuple[str, int | str]]) -> Markup:
+def legend(names: Sequence[tuple[str, int | str]]) -> Markup:
+    """Names with their colours."""
     return tag("ul", *(tag("li", _swatch(colour), name) for name, colour in names), class_="legend")
 
 
 def _swatch(colour: int | str) -> Markup:
-    return tag("i", class_=f"swatch {_class(colour)}", aria_hidden="true")
+    return tag("i", class_=f"swatch {colour_class(colour)}", aria_hidden="true")
 
 
 def _in_words(lines: Sequence[Line], title: str, x: str, y: str, show: Callable[[float], str]) -> str:
@@ -404,18 +298,16 @@ def _in_words(lines: Sequence[Line], title: str, x: str, y: str, show: Callable[
     return f"{title}: {y} over {x}. {told}"
 
 
-def _class(colour: int | str) -> str:
+def colour_class(colour: int | str) -> str:
+    """Of the page's style."""
     return f"s{colour % COLOURS}" if isinstance(colour, int) else colour
 
 
-def _percent(share: float) -> str:
+def percent_of(share: float) -> str:
+    """Of a length, for SVG."""
     return f"{100 * share:.4g}%"
 
 
-def _anchor(share: float) -> str | None:
+def anchor(share: float) -> str | None:
+    """Class of a label at this place of an axis: those at the ends do not stand out."""
     return "first" if share < 0.03 else "last" if share > 0.97 else None
-
-
-def legend(names: Mapping[str, int | str]) -> Markup:
-    """Names and their colours, for several charts together."""
-    return _legend(list(names.items()))

@@ -1,7 +1,7 @@
 """The page: figures as one HTML file that needs nothing else. No script, no request; a policy says so to the browser.
 
-Its sections are in `launch.report.sections` (what was asked, how well, how much) and `launch.report.run_sections` (what
-ran, on what); they are strung together here, and sample trajectories are added until the page is as large as it may be.
+Its sections are in `score_sections`, `time_sections`, `data_sections` and `run_sections`; they are strung together
+here, and sample trajectories are added until the page is as large as it may be.
 
 Example::
 
@@ -16,13 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from launch.report import run_sections, sections
+from launch.report import data_sections, run_sections, score_sections, time_sections
 from launch.report.figures import Figures, Sample
 from launch.report.ledger_figures import NAME_CHARS
 from launch.report.markup import Markup, details, html, joined, tag
 from launch.report.run_files import ReportError
 from launch.report.style import style_sheet
 from launch.report.trajectory_page import show_trajectory
+from launch.report.wording import ledger_name
 
 LARGEST_BYTES = 5_000_000
 _SAMPLES_BYTES = 2_600_000
@@ -43,13 +44,13 @@ def html_page(figures: Figures) -> bytes:
 
 def _page(figures: Figures, samples: list[Sample]) -> bytes:
     parts = [
-        ("scores", "Scores", sections.scores(figures)),
-        ("success", "Success", sections.success(figures)),
-        ("learning", "Learning", sections.learning(figures)),
-        ("speed", "Speed", sections.speed(figures)),
-        ("cost", "Cost", sections.cost(figures)),
-        ("failures", "Failures", sections.failures(figures)),
-        ("data", "Training data", sections.training_data(figures)),
+        ("scores", "Scores", score_sections.scores(figures)),
+        ("success", "Success", score_sections.success(figures)),
+        ("learning", "Learning", time_sections.learning(figures)),
+        ("speed", "Speed", time_sections.speed(figures)),
+        ("cost", "Cost", data_sections.cost(figures)),
+        ("failures", "Failures", data_sections.failures(figures)),
+        ("data", "Training data", data_sections.training_data(figures)),
         ("samples", "Trajectories", _samples(samples)),
         ("run", "What ran", run_sections.what_ran(figures)),
     ]
@@ -118,9 +119,7 @@ def _samples(samples: list[Sample]) -> Markup:
     ]
     for at, (ledger, made) in enumerate(by_ledger.items()):
         count = sum(len(shown[group]) for group in shown if group[0] == ledger)
-        summary = joined(
-            [tag("b", sections.ledger_name(ledger)), tag("span", f" {count} trajectories", class_="facts")]
-        )
+        summary = joined([tag("b", ledger_name(ledger)), tag("span", f" {count} trajectories", class_="facts")])
         content.append(details(summary, *made, opened=at == 0, class_="group-of-samples"))
     if left_out:
         content.append(tag("p", f"{left_out} more did not fit into this page.", class_="note"))

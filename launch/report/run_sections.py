@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.intervals import Score
-from launch.report.charts import number, percent
 from launch.report.figures import Figures
 from launch.report.markup import Markup, clipped, details, joined, table, tag
 from launch.report.run_files import Kind, Role
-from launch.report.sections import pool, row_title, usd
+from launch.report.score_sections import pool
 from launch.report.settings import as_yaml, command, text_without_secrets, without_secrets
+from launch.report.wording import number, percent, row_title, usd
 
 _STUDENT_ROWS = ("student_self_consistent", "student")
 _COMMANDS = {Kind.DISTILL: "distill", Kind.COLLECT: "collect", Kind.EVALUATE: "evaluate"}
