@@ -86,7 +86,7 @@ class Served:
         return await self.http.post("/v1/chat/completions", json=body, **more)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(45):
             while not holds():
                 await asyncio.sleep(0.005)
 
@@ -125,7 +125,7 @@ async def serving(
             httpx.AsyncClient(base_url=url, timeout=20, verify=False) as http,
             AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20, http_client=plain) as client,
         ):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not server.started:
                     await asyncio.sleep(0.005)
             yield Served(service, url, client, http)
@@ -147,4 +147,4 @@ def write_run(folder: Path) -> list[Task]:
 
 
 def run(scenario: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(scenario, 60))
+    return asyncio.run(asyncio.wait_for(scenario, 80))

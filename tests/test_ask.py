@@ -128,9 +128,9 @@ def test_in_a_terminal_an_answer_can_be_stopped_and_the_end_of_input_ends_it(hos
                 whole += seen
                 os.write(ours, say)
                 if until == b"7?":
-                    waits.wait(30)
+                    waits.wait(45)
                     os.write(ours, b"\x03")
-            return process.wait(20), whole.decode()
+            return process.wait(40), whole.decode()
         finally:
             process.kill()
             os.close(ours)
