@@ -20,6 +20,7 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch.job_command import stops_like_an_interrupt
 from launch.ladder_config import LadderConfig, read_ladder
 from learner.config import ConfigError
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in ladder.runs:
                 print(" ".join(["python launch/distill.py", *ladder.command(run, seed=seed, overrides=overrides)]))
         return 0
+    stops_like_an_interrupt()
     try:
         return _run(ladder, overrides)
     except KeyboardInterrupt:
