@@ -10,6 +10,8 @@ import pytest
 from live_samples import LEARNING, NOW_S, STARTED_S, collected, learned, learning_status, queued, scored_status, spent
 from rich.console import Console
 
+from launch.evaluation import EvaluationError, watch_evaluation
+from launch.intervals import score
 from launch.live import LiveView
 from launch.live_lines import plain_line
 from launch.live_status import JobStatus, Said, Stage
@@ -219,6 +221,42 @@ def test_a_job_that_stopped_before_the_end_is_not_done():
     with view:
         view.conclude("the spend cap is used up")
     assert (view.status.state, view.status.error) == ("failed", "the spend cap is used up")
+
+
+class Collected:
+    """Stands where a `Collection` stands: its episodes are done at the second look."""
+
+    def __init__(self, stopped: str = "") -> None:
+        self.looks, self.closed, self.stopped = 0, False, stopped
+
+    def poll(self, timeout_s: float) -> bool:
+        self.looks += 1
+        return self.looks == 2
+
+    def progress(self) -> CollectProgress:
+        return CollectProgress(total=4, recorded=2 * self.looks, succeeded=self.looks, stopped=self.stopped)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_evaluation_is_watched_to_its_end_and_its_scores_stay():
+    sink, collection = Kept(), Collected()
+    view, _ = plain_view(sinks=[sink])
+    with view:
+        watch_evaluation(collection, view, "evaluation: student", policy="student")  # pyright: ignore[reportArgumentType]
+        view.scored("evaluation: student", {"arithmetic": score(2, 4)})
+    assert collection.closed
+    (stage,) = sink.seen[-1].stages
+    assert (stage.state, stage.by_policy["student"].recorded, stage.scores["arithmetic"].mean) == ("done", 4, 0.5)
+
+
+def test_an_evaluation_that_is_stopped_is_told_and_closed():
+    collection = Collected(stopped="the spend cap is used up")
+    view, _ = plain_view()
+    with pytest.raises(EvaluationError, match="spend cap"):
+        watch_evaluation(collection, view, "evaluation: student")  # pyright: ignore[reportArgumentType]
+    assert collection.closed and view.status.stages[0].state == "failed"
 
 
 def test_warnings_stay_while_other_lines_pass():
