@@ -177,7 +177,7 @@ STANDINS = {
     "ray": 'echo "ray $*" >>"$CALLS"; sleep 300 & trap "kill $!; exit 0" TERM; wait',
     "python": (
         'if [ "$1" = -c ]; then echo token; exit 0; fi; echo "python $*" >>"$CALLS"; '
-        "trap 'echo stopped >>\"$CALLS\"; exit 130' TERM; "
+        "trap 'echo stopped >>\"$CALLS\"; kill $! 2>/dev/null; exit 130' TERM; "
         'until [ "$(grep -c "^ray start" "$CALLS")" = 2 ]; do sleep 0.05; done; sleep "${WORKS_S:-0}" & wait'
     ),
 }
@@ -261,3 +261,15 @@ def test_rays_aws_provider_starts_every_kind_of_node(s3_endpoint: str, tmp_path:
     started = json.loads(done.stdout.splitlines()[-1])
     types = read("aws.yaml")["available_node_types"]
     assert started == {name: each["node_config"]["InstanceType"] for name, each in types.items()}
+
+
+def test_a_slurm_job_whose_head_dies_ends_with_it(slurm: dict[str, str]) -> None:
+    ray = Path(slurm["PATH"].split(":")[0]) / "ray"
+    ray.write_text('#!/usr/bin/env bash\necho "ray $*" >>"$CALLS"; sleep 2; exit 7\n')
+    said = Path(slurm["CALLS"]).with_name("said")
+    with open(said, "w") as file:
+        done = subprocess.run(
+            ["bash", str(CLUSTERS / "slurm.sbatch")], env={**slurm, "WORKS_S": "30"}, stderr=file, timeout=60
+        )
+    assert done.returncode == 1 and "Ray's head ended (exit code 7), and the job with it" in said.read_text()
+    assert "stopped\n" in Path(slurm["CALLS"]).read_text()

@@ -39,22 +39,28 @@ finish() {
 trap finish EXIT
 
 export RAY_ADDRESS=127.0.0.1:$port
-for ((i = 0; i < 120; i++)); do
-	python -c 'import ray; ray.init(log_to_driver=False, logging_level="ERROR")' >/dev/null 2>&1 && break
-	if ! kill -0 "$ray" 2>/dev/null; then cat "$temp/start.log" >&2; exit 1; fi
+until timeout 60 python -c 'import ray; ray.init(log_to_driver=False, logging_level="ERROR")' >/dev/null 2>&1; do
+	if ! kill -0 "$ray" 2>/dev/null || ((SECONDS > 600)); then
+		cat "$temp/start.log" >&2
+		exit 1
+	fi
 	sleep 1
 done
 echo "Ray with $gpus GPUs; dashboard: http://127.0.0.1:$dashboard"
 python "$job" "${cluster[@]}" cluster.address="$RAY_ADDRESS" "$@" &
 driver=$!
-signalled=0
-trap 'signalled=1; kill -TERM "$driver" 2>/dev/null || true' INT TERM
-# A signal ends a `wait`, not the driver.
-status=0
-wait "$driver" || status=$?
-while ((signalled)); do
-	signalled=0 again=0
-	wait "$driver" || again=$?
-	((again == 127)) || status=$again
+trap 'kill -TERM "$driver" 2>/dev/null || true' INT TERM
+# Until the driver ends, or Ray's head, without which it would wait for long. A signal ends a `wait` and neither of them.
+while :; do
+	ended='' status=0
+	wait -n -p ended "$driver" "$ray" || status=$?
+	if [ "${ended:-}" = "$driver" ] || ((status == 127)); then break; fi
+	if [ -n "${ended:-}" ]; then
+		echo "Ray's head ended (exit code $status), and the job with it; the same command goes on" >&2
+		kill -TERM "$driver" 2>/dev/null || true
+		wait "$driver" || true
+		status=1
+		break
+	fi
 done
 exit "$status"
