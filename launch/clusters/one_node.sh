@@ -5,7 +5,7 @@
 #   GPUS=4 JOB=launch/collect.py launch/clusters/one_node.sh out=runs/mine teacher=vllm teacher.model=...
 #
 # Words go to launch/distill.py, or to what JOB names. Without GPUs it runs the embedded default all the same (GPUS=0).
-# Run for real, with GPUS=0; `shellcheck` and tests/test_cluster_recipes.py check it.
+# Checked by shellcheck and bash -n (tests/test_cluster_recipes.py); not yet run.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
