@@ -30,8 +30,8 @@ LIVE = 1_000_000_000
 """Parameters that ZeRO 3 may hold whole at a time (`stage3_max_live_parameters`)."""
 PREFILL_TOKENS = 8192
 """Tokens that vLLM computes at once on a large GPU."""
-BLOCK_TOKENS = 16
-"""Tokens in a block of vLLM's KV cache on a GPU; on a CPU, `rollout.vllm_policy` sets 64."""
+BLOCK_TOKENS, CPU_BLOCK_TOKENS = 16, 64
+"""Tokens in a block of vLLM's KV cache; on a CPU as `rollout.vllm_policy` sets it."""
 _WIDTH = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2, "auto": 2}
 
 
@@ -108,7 +108,7 @@ def engine_memory(spec: PolicySpec, shape: ModelShape, *, gpu_bytes: float | Non
     each = f"2 x {layers} layers x {heads:g} KV heads x {shape.head_dim} x {width} bytes a token"
     if not gpu:
         cache = spec.kv_cache_bytes or _cpu_cache(spec, per_token)
-        tokens = int(cache // per_token)
+        tokens = int(cache // (per_token * CPU_BLOCK_TOKENS)) * CPU_BLOCK_TOKENS
         why = "kv_cache_bytes" if spec.kv_cache_bytes else "max_num_seqs whole sequences; less where memory is short"
         parts.append(Part(name="KV cache", bytes=cache, formula=f"{why}; {each}", exact=bool(spec.kv_cache_bytes)))
         return EngineMemory(

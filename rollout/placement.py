@@ -44,7 +44,7 @@ __all__ = ["Group", "Node", "PlacementError", "Reservation", "RoleResources", "e
 
 PLACE_S = 45.0
 """How long a reservation is waited for."""
-TELL_AFTER_S = 1.0
+TELL_AFTER_S = 2.0
 """A wait that is longer is told of."""
 TELL_EVERY_S = 15.0
 NODE_ID = "ray.io/node-id"

@@ -207,8 +207,8 @@ def test_what_others_hold_is_waited_for_and_then_named(ray_cluster):
     [holder] = reserve([actor_group(who="x", what="actors", count=1, resources=RoleResources(num_cpus=3))])
     both = [ranks(2, bundles=({"CPU": 1.0},) * 2), ranks(1, who="the envs", bundles=({"CPU": 1.0},))]
     try:
-        with pytest.raises(PlacementError, match=r"not free within 2 s; now there is: 1 node with \d of 4 CPU free"):
-            reserve(both, timeout_s=2.0, say=said.append)
+        with pytest.raises(PlacementError, match=r"not free within 3 s; now there is: 1 node with \d of 4 CPU free"):
+            reserve(both, timeout_s=3.0, say=said.append)
         assert said and "waiting for others to end" in said[0]
     finally:
         holder.release()
