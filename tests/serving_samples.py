@@ -86,7 +86,7 @@ class Served:
         return await self.http.post("/v1/chat/completions", json=body, **more)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(45):
+        async with asyncio.timeout(100):
             while not holds():
                 await asyncio.sleep(0.005)
 
@@ -146,5 +146,5 @@ def write_run(folder: Path) -> list[Task]:
     return load_world(config, folder / "index").test
 
 
-def run(scenario: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(scenario, 80))
+def run(scenario: Coroutine[Any, Any, T], *, limit_s: float = 80.0) -> T:
+    return asyncio.run(asyncio.wait_for(scenario, limit_s))

@@ -93,6 +93,8 @@ def test_what_a_server_refuses_is_told(host, capsys):
     assert "--model 'other' is not served at" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # two starts of Python and a terminal between them
+@pytest.mark.timeout(300)
 def test_in_a_terminal_an_answer_can_be_stopped_and_the_end_of_input_ends_it(host):
     waits = threading.Event()
 
@@ -128,14 +130,14 @@ def test_in_a_terminal_an_answer_can_be_stopped_and_the_end_of_input_ends_it(hos
                 whole += seen
                 os.write(ours, say)
                 if until == b"7?":
-                    waits.wait(45)
+                    waits.wait(100)
                     os.write(ours, b"\x03")
-            return process.wait(40), whole.decode()
+            return process.wait(100), whole.decode()
         finally:
             process.kill()
             os.close(ours)
 
-    status, seen = run(scenario())
+    status, seen = run(scenario(), limit_s=250)
     assert status == 0 and "answer: 42" in seen.split("stopped")[1]
 
 
