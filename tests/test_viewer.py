@@ -182,7 +182,7 @@ def test_rows_that_are_written_meanwhile_are_found(tmp_path):
 
 def test_a_compaction_loses_and_doubles_nothing(tmp_path):
     folder = tmp_path / "a"
-    for i in range(40):
+    for i in range(10):
         write(folder, [numbered(i)])
     write(folder, [numbered(3, success=False)])  # the first of a key counts
     catalog = opened(folder)
@@ -192,7 +192,7 @@ def test_a_compaction_loses_and_doubles_nothing(tmp_path):
         for name in (folder / "shards").glob("w-*"):
             name.unlink()
         write(folder, [numbered(100)])
-        _until(catalog, 41)
+        _until(catalog, 11)
         rows = catalog.page(Selection(q="crates"), limit=100).rows
         assert {row.identity: row.key for row in rows if row.key != numbered(100).key} == before
         assert all(catalog.trajectory(row).key == row.key for row in rows)
@@ -340,7 +340,8 @@ def test_ledgers_are_called_by_the_shortest_ends_that_differ():
 )
 def test_no_text_of_a_model_becomes_markup(hostile_rows, path):
     catalog, rows = hostile_rows
-    for row in rows:
+    # Every text alone where its page is about it; all of them in one row elsewhere.
+    for row in rows if path == "/t/{}" else rows[:1]:
         address = path.format(row.identity, kind="<script>1</script>", q="<script>1</script>")
         page = client(catalog).get(address)
         assert page.status_code == 200
@@ -363,7 +364,7 @@ def test_no_text_of_a_model_becomes_markup(hostile_rows, path):
 @pytest.fixture(scope="module")
 def hostile_rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
-    catalog = opened(write(folder / "a", [hostile(i, text) for i, text in enumerate(HOSTILE)]))
+    catalog = opened(write(folder / "a", [hostile(i, text) for i, text in enumerate((*HOSTILE, " ".join(HOSTILE)))]))
     yield catalog, catalog.page(Selection()).rows
     catalog.close()
 

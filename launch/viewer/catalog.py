@@ -35,7 +35,7 @@ from rollout.ledger_shards import READ_ERRORS
 from rollout.trajectory import Trajectory
 
 PAGE_ROWS = 50
-_MEMORY_LIMIT = "160MB"
+_MEMORY_LIMIT = "128MB"
 _THREADS = 2
 _LEDGER_BITS = 40
 """A row's number over all ledgers: the ledger's, then so many bits of its own."""

@@ -174,6 +174,7 @@ class LedgerIndex:
             self._waiting = []
             self._count(connection)
             raise
+        pa.default_memory_pool().release_unused()
         self._known.update({shard: number for number, shard, _ in taken})
         self._count(connection)
         self.unread = len(self._new)
@@ -280,6 +281,7 @@ class LedgerIndex:
         finally:
             words.close()
         self.words_to = done
+        pa.default_memory_pool().release_unused()
         return self.words_to < self.next_id
 
     # -- asking
