@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -465,18 +467,28 @@ def test_exported_ids_are_keys(two_policies):
 # -- the command
 
 
-def test_the_command_says_where_it_is_and_ends_on_interrupt(tmp_path):
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_where_it_is_and_leaves_nothing_when_it_is_ended(tmp_path, ended_by):
     folder = write(tmp_path / "a", [numbered(1)])
     command = [sys.executable, "-m", "launch.view", str(folder), "--no-cache"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "tmp").mkdir()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         lines = [process.stdout.readline(), process.stdout.readline()]
         address = lines[1].strip()
         assert address.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(address + "progress", timeout=30) as answer:
             assert answer.status == 200
-        process.send_signal(2)
+        process.send_signal(ended_by)
         assert process.wait(30) == 0 and process.stderr.read() == ""
+        assert list((tmp_path / "tmp").iterdir()) == []
     finally:
         process.kill()
         process.communicate()

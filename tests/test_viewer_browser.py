@@ -127,6 +127,7 @@ def test_by_keyboard_alone_from_a_filter_to_a_step_and_back(chromium, address):
         assert page.locator("#q").input_value() == "crates" and page.locator("#outcome-wrong").is_checked()
 
 
+@pytest.mark.slow
 def test_rows_that_are_written_meanwhile_come_by_themselves(chromium, tmp_path):
     folder = write(tmp_path / "a", [numbered(1)])
     with served(folder) as address, page_of(chromium) as page:
@@ -220,6 +221,7 @@ def test_a_selection_is_exported_as_it_is_shown(chromium, address):
         assert len(lines) == 10 and all(json.loads(line)["success"] is False for line in lines)
 
 
+@pytest.mark.slow
 def test_tokens_are_gone_through_by_keyboard(chromium, address):
     with page_of(chromium) as page:
         page.goto(f"{address}?policy=teacher&outcome=success")

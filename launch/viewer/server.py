@@ -8,6 +8,7 @@ Example::
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -46,7 +47,10 @@ def default_cache() -> Path:
 
 
 def serve(ledgers: Sequence[Ledger], options: Options, *, say: Callable[[str], None]) -> None:
-    """Until SIGINT or SIGTERM. Raises `ViewError` before anything is read, `LedgerError` for a ledger."""
+    """Until SIGINT or SIGTERM, both of which raise `KeyboardInterrupt` when all is closed.
+
+    Raises `ViewError` before anything is read, `LedgerError` for a ledger.
+    """
     import uvicorn
 
     from launch.viewer.catalog import Catalog
@@ -78,7 +82,12 @@ def serve(ledgers: Sequence[Ledger], options: Options, *, say: Callable[[str], N
             timeout_graceful_shutdown=2,
             h11_max_incomplete_event_size=64 * 1024,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        # uvicorn raises the signal that ended it once more; by default SIGTERM would end us before the index is closed.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _bind(host: str, port: int) -> socket.socket:
