@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -48,9 +49,9 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
                 "ray start --metrics-export-port"
             )
         _check_free(config.metrics_port)
-    if not address:
-        # Only this process and its children speak to the local Ray, on loopback.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        # The local Ray listens on every address of the machine; only this process and its children know the token.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     # Workers import our packages from here, installed or not.
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))

@@ -30,6 +30,10 @@ from launch.significance import PairedTest, holm, mcnemar
 from rollout.ledger import Ledger
 
 ALPHA = 0.05
+PLAIN_WIDTH = 140
+"""Columns of the tables where there is no terminal to ask."""
+SMALLEST = 1e-99
+"""Of the p-values that are printed as they are."""
 Outcomes = Mapping[tuple[int, str], bool]
 """(seed, task id) -> solved."""
 
@@ -121,6 +125,8 @@ def leave(shown: Shown, ladder: LadderConfig, console: Console, *, minutes: floa
     if not shown.rows:
         console.print("no run is complete yet")
         return
+    if not console.is_terminal:
+        console.width = max(console.width, PLAIN_WIDTH)
     console.print(_score_table(shown))
     console.print(_step_table(shown))
     for name, seeds in shown.missing.items():
@@ -231,7 +237,13 @@ def _score_table(shown: Shown) -> Table:
     for name in (*(kind.replace("_", " ") for kind in shown.kinds), "all", "by seed", "M tokens", "trajectories"):
         table.add_column(name, justify="right")
     for row in shown.rows:
-        table.add_row(*_cells(row, shown.kinds))
+        cells = _cells(row, shown.kinds)
+        # The intervals of single kinds are in ladder.md; here they would wrap.
+        table.add_row(
+            cells[0],
+            *(cell.partition(" ")[0] for cell in cells[1 : len(shown.kinds) + 1]),
+            *cells[len(shown.kinds) + 1 :],
+        )
     return table
 
 
@@ -261,7 +273,7 @@ def _step_cells(step: Step, shown: Shown) -> list[str]:
         f"{titles[step.lower]} < {titles[step.higher]}",
         f"{100 * test.difference:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}]",
         f"{test.first_better} / {test.second_better} of {test.n}",
-        f"{step.p_corrected:.2g}",
+        f"{step.p_corrected:.2g}" if step.p_corrected > SMALLEST else f"< {SMALLEST:g}",
         f"{step.seeds_higher} of {step.seeds}",
         step.verdict,
     ]
