@@ -26,6 +26,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 START_S = 300.0
+REACH_S = 10.0
+"""A head that lives takes a connection within it."""
 
 
 class ClusterError(RuntimeError):
@@ -57,6 +59,8 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     import ray
 
+    if address:
+        check_reachable(address)
     on_stop = signal.getsignal(signal.SIGTERM)
     try:
         if address:
@@ -96,6 +100,26 @@ def _check_free(port: int) -> None:
             raise ClusterError(
                 f"cluster.metrics_port {port} cannot be listened on ({error.strerror}); choose another, or null for any"
             ) from None
+
+
+def check_reachable(address: str) -> None:
+    """Raises `ClusterError` where nobody listens; Ray itself tries for minutes. "auto": the address that Ray finds."""
+    where = address.rpartition("://")[2].partition("/")[0]
+    if where in ("auto", "local"):
+        from ray._private.services import canonicalize_bootstrap_address
+
+        try:
+            where = canonicalize_bootstrap_address(where) or ""
+        except (ConnectionError, ValueError) as error:
+            raise ClusterError(f"there is no Ray to be found ({address!r}): {str(error).splitlines()[0]}") from None
+    host, _, port = where.rpartition(":")
+    if not (host and port.isdigit()):  # Ray knows better what it may be
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise ClusterError(f"no Ray answers at {where} ({address!r}): {reason}") from None
 
 
 def _check_variables(names: Sequence[str]) -> None:

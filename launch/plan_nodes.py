@@ -103,7 +103,7 @@ def nodes_of_cluster(address: str) -> list[PlanNode]:
     import logging
     import os
 
-    from launch.cluster import QUIET, ClusterError
+    from launch.cluster import QUIET, ClusterError, check_reachable
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -111,6 +111,7 @@ def nodes_of_cluster(address: str) -> list[PlanNode]:
 
     from rollout.placement import cluster_nodes
 
+    check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
