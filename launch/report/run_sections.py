@@ -187,9 +187,8 @@ def _tiles(figures: Figures) -> list[list[Markup]]:
     last = figures.training.last
     if figures.training.found:
         passes = last.get("epoch")
-        tiles.append(
-            (number(float(last.get("tokens") or 0)), "tokens learned from", f"{passes} passes" if passes else "")
-        )
+        whole = f"{passes} whole pass{'es' * (passes > 1)}" if passes else ""
+        tiles.append((number(float(last.get("tokens") or 0)), "tokens learned from", whole))
     sampled = sum(each.total.completion_tokens for each in figures.ledgers.values())
     if sampled:
         tiles.append((number(sampled), "tokens sampled", "of all policies"))
