@@ -14,8 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 """Name of this process among those that pytest-xdist has started; None when there is one alone."""
-FIRST = ("test_distill", "test_vllm_policy", "test_learner", "test_vllm_own_process")
+FIRST = ("test_distill", "test_learner", "test_learner_backend")
 """Files that take longest and start no cluster of the session's: what comes last keeps one process waiting."""
+LAST = (
+    "test_publish", "test_scoring", "test_top_logprobs", "test_vllm_own_process", "test_vllm_policy", "test_weight_sync",
+)  # fmt: skip
+"""Files that run vLLM: an engine that ends in this process takes torch's process group along, and DeepSpeed, where it
+was started before, cannot start again."""
 if PROCESS is not None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the cores have work enough
 RAY_ENV_VARS = {
@@ -32,8 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
-    order = {name: place for place, name in enumerate(FIRST, start=1)}
-    items.sort(key=lambda item: 0 if item.path in on_ray else order.get(item.path.stem, len(order) + 1))
+    order = {name: place for place, name in enumerate(FIRST, start=1)} | dict.fromkeys(LAST, len(FIRST) + 2)
+    items.sort(key=lambda item: 0 if item.path in on_ray else order.get(item.path.stem, len(FIRST) + 1))
 
 
 @pytest.fixture(scope="session")
