@@ -14,13 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 """Name of this process among those that pytest-xdist has started; None when there is one alone."""
-FIRST = ("test_distill", "test_learner", "test_learner_backend")
+FIRST = ("test_distill",)
 """Files that take longest and start no cluster of the session's: what comes last keeps one process waiting."""
-LAST = (
-    "test_publish", "test_scoring", "test_top_logprobs", "test_vllm_own_process", "test_vllm_policy", "test_weight_sync",
-)  # fmt: skip
-"""Files that run vLLM: an engine that ends in this process takes torch's process group along, and DeepSpeed, where it
-was started before, cannot start again."""
+DEEPSPEED = ("test_curriculum", "test_learner", "test_model_selection")
+"""How the names of files begin that run DeepSpeed in their process: together, before anything else there. An engine of
+vLLM that ends takes torch's process group along, and DeepSpeed cannot start again."""
 if PROCESS is not None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the cores have work enough
 RAY_ENV_VARS = {
@@ -35,10 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if PROCESS is None:
         return
     on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    places = {"deepspeed": 0, "ray": 1} | {name: place for place, name in enumerate(FIRST, start=2)}
+
+    def group(item: pytest.Item) -> str:
+        if item.path in on_ray:
+            return "ray"
+        return "deepspeed" if item.path.stem.startswith(DEEPSPEED) else item.path.stem
+
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
-    order = {name: place for place, name in enumerate(FIRST, start=1)} | dict.fromkeys(LAST, len(FIRST) + 2)
-    items.sort(key=lambda item: 0 if item.path in on_ray else order.get(item.path.stem, len(FIRST) + 1))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: places.get(group(item), len(places)))
 
 
 @pytest.fixture(scope="session")
