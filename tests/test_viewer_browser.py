@@ -200,7 +200,8 @@ def test_dark_and_light_are_switched_and_remembered(chromium, address):
 def test_two_policies_stand_side_by_side(chromium, address):
     with page_of(chromium, viewport={"width": 1200, "height": 900}) as page:
         page.goto(f"{address}policies")
-        page.locator(".quarters a", has_text="A better").click()
+        with page.expect_navigation():  # a key that is pressed before would go to the page that is left
+            page.locator(".quarters a", has_text="A better").click()
         page.keyboard.press("j")
         page.keyboard.press("Enter")
         page.wait_for_url("**/compare?*")
