@@ -89,6 +89,17 @@ def to_plain(config: Any) -> Any:
     return config
 
 
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain data as `a.b.c` -> value; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def local_folder(out: object) -> str:
     """`out` itself, or where it is no folder of this machine, one that stands for it."""
     out = str(out)

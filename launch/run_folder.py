@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.config import DistillConfig, JobConfig
-from launch.config_reading import parse_config, to_plain
+from launch.config_reading import flattened, parse_config, to_plain
 from learner.base import FolderKeeper
 
 # What may differ between two jobs on the same folder: where it runs and how long it waits, not what it computes.
@@ -183,16 +183,6 @@ def _fixed(config: JobConfig, free: Sequence[str]) -> dict[str, Any]:
         del plain["teacher"]["weight"], plain["share"]
     return {
         key: value
-        for key, value in _flat(plain).items()
+        for key, value in flattened(plain).items()
         if not any(key == name or key.startswith(name + ".") for name in free)
     }
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -92,6 +92,23 @@ def s3_endpoint() -> Iterator[str]:
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def bucket(s3_endpoint: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """`s3://NAME` of a bucket of the test file's own; the environment says how it is reached."""
+    settings = {
+        "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-real-key", "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_endpoint, "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        from pyarrow.fs import S3FileSystem
+
+        name = request.path.stem.replace("_", "-")
+        S3FileSystem(endpoint_override=s3_endpoint, allow_bucket_creation=True).create_dir(name)
+        yield f"s3://{name}"
+
+
 @pytest.fixture
 def signals_kept() -> Iterator[None]:
     """For a command that is run in this process: what it does on SIGINT and SIGTERM ends with the test."""

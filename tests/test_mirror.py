@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,6 @@ from launch.mirror import INDEX, Mirror, Mirroring
 from rollout.storage import FolderStorage, Storage, StorageError, open_storage
 
 WHOLE = ("checkpoints/*", "best")
-
-
-@pytest.fixture(scope="module")
-def bucket(s3_endpoint: str) -> Iterator[str]:
-    settings = {
-        "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-real-key", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_endpoint, "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            environment.setenv(name, value)
-        from pyarrow.fs import S3FileSystem
-
-        S3FileSystem(endpoint_override=s3_endpoint, allow_bucket_creation=True).create_dir("mirrored")
-        yield "s3://mirrored"
 
 
 def checkpoint(folder: Path, step: int, *, content: bytes = b"weights", within: str = "checkpoints") -> Path:

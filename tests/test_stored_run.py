@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,21 +24,6 @@ QUICK = LeaseTimes(beat=0.2, give_up=5, takeover=10)
 @pytest.fixture(scope="module")
 def config() -> DistillConfig:
     return load_config([])
-
-
-@pytest.fixture(scope="module")
-def bucket(s3_endpoint: str) -> Iterator[str]:
-    settings = {
-        "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-real-key", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_endpoint, "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            environment.setenv(name, value)
-        from pyarrow.fs import S3FileSystem
-
-        S3FileSystem(endpoint_override=s3_endpoint, allow_bucket_creation=True).create_dir("stored")
-        yield "s3://stored"
 
 
 def run(uri: str, scratch: Path) -> StoredRun:
@@ -90,7 +74,7 @@ def test_another_machine_goes_on_where_the_first_one_was_interrupted(
 
 def test_two_jobs_cannot_have_one_run(bucket: str, tmp_path: Path, config: DistillConfig) -> None:
     with run(f"{bucket}/b", tmp_path / "one").claim(config):
-        with pytest.raises(RunFolderError, match="run_dir another job is running in s3://stored/b"):
+        with pytest.raises(RunFolderError, match="run_dir another job is running in s3://test-stored-run/b"):
             with run(f"{bucket}/b", tmp_path / "two").claim(config):
                 pass
 
@@ -100,7 +84,7 @@ def test_a_run_of_another_configuration_is_refused_and_given_back(
 ) -> None:
     with run(f"{bucket}/c", tmp_path / "one").claim(config):
         pass
-    with pytest.raises(RunFolderError, match="run_dir s3://stored/c belongs to another run: there seed is 0"):
+    with pytest.raises(RunFolderError, match="run_dir s3://test-stored-run/c belongs to another run: there seed is 0"):
         with run(f"{bucket}/c", tmp_path / "two").claim(load_config(["seed=1"])):
             pass
     with run(f"{bucket}/c", tmp_path / "three").claim(config) as found:
@@ -109,7 +93,7 @@ def test_a_run_of_another_configuration_is_refused_and_given_back(
 
 def test_a_prefix_that_holds_something_else_is_refused(bucket: str, tmp_path: Path, config: DistillConfig) -> None:
     open_storage(f"{bucket}/d").replace("notes.txt", b"mine")
-    with pytest.raises(RunFolderError, match="s3://stored/d is not empty and holds no run"):
+    with pytest.raises(RunFolderError, match="s3://test-stored-run/d is not empty and holds no run"):
         with run(f"{bucket}/d", tmp_path).claim(config):
             pass
 
@@ -165,7 +149,7 @@ def test_fetch_makes_a_folder_of_it_that_every_command_reads(
     assert (copy.student / "model").read_text() == "weights" and not copy.checkpoints()
     assert Ledger(copy.ledger).keys() == {"a", "b"} and copy.evaluated() == ["student"]
     assert fetch([f"{bucket}/nothing", str(tmp_path / "other")]) == 2
-    assert "s3://stored/nothing holds no run" in capsys.readouterr().err
+    assert "s3://test-stored-run/nothing holds no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launch.config_reading import flattened
+
 HIDDEN = "(hidden)"
 _SECRET_NAME = re.compile(
     r"(?:^|[_\-.])(?:api_?keys?|key|secrets?|passwords?|passwd|credentials?|authorization|auth|cookies?|bearer"
@@ -84,10 +86,10 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 def overrides(config: Mapping[str, Any], *, job: str) -> list[str]:
     """What differs from the recipe that it names, as arguments of the command; `job`: "distill", "collect" or
     "evaluate"."""
-    here = _flat(config)
+    here = flattened(config)
     for chosen in _starts(config, job):
         try:
-            there = _flat(_composed(tuple(chosen), job))
+            there = flattened(_composed(tuple(chosen), job))
         except Exception:  # a recipe or a file of another version or machine: told as what differs from less
             continue
         given = {argument.partition("=")[0] for argument in chosen}
@@ -143,16 +145,6 @@ def _list_without_secrets(values: list[Any] | tuple[Any, ...], name: str) -> lis
         kept.append(HIDDEN if hide and isinstance(value, str) and not is_flag else without_secrets(value, name))
         hide = is_flag and bool(_SECRET_NAME.search(value.lstrip("-").replace("-", "_")))
     return kept
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _override(key: str, value: Any) -> str:
