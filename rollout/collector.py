@@ -339,7 +339,7 @@ class Collection:
                 raise CollectionError(f"rollout worker {index} died and did not come back within {RESTART_S:g} s")
         return not self._running and not self._returning
 
-    def progress(self, timeout_s: float = 10.0) -> CollectProgress:
+    def progress(self, timeout_s: float = FEED_S) -> CollectProgress:
         import ray
 
         return ray.get(self._feed.progress.remote(), timeout=timeout_s)
