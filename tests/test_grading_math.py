@@ -254,14 +254,14 @@ def test_a_question_that_is_being_answered_is_not_asked_again():
 
 
 def test_an_answer_that_hangs_holds_up_no_other():
-    """Others, behind it in the queue, are done before it meets its limit: all 20 where the cores are free."""
+    """The others, behind it in the queue, are all done when it meets its limit."""
     pairs = [("10", HANGS), *((f"x + {i}", f"{i} + x") for i in range(20))]
     tasks = [(Task(id="t", question="q", answer=gold, kind="k", grader="math"), text) for gold, text in pairs]
-    grader = configure_math(MathSpec(processes=2, cpu_s=3))
+    grader = configure_math(MathSpec(processes=2, cpu_s=6))  # long enough for the others, also on a busy machine
     assert not grader.equal("x", "y")
     scores = grade_many(tasks, at_once=2)
     assert next(scores) == 0.0  # comes first, being asked first; the process that is not held has gone on
-    assert grader.stats()["comparisons"] >= 2 + 5 and grader.stats()["stopped"] == 1  # 2: held up, there were no more
+    assert grader.stats()["comparisons"] == 2 + 20 and grader.stats()["stopped"] == 1
     assert list(scores) == [1.0] * 20
 
 
