@@ -348,7 +348,3 @@ def _trouble(figures: Figures, error: Exception) -> None:
     line = text_without_secrets(" ".join(str(error).split()))
     if line not in figures.troubles:
         figures.troubles.append(line)
-
-
-def ledger_title(files: LedgerFiles) -> str:
-    return "collected for training" if files.role is Role.TRAINING else files.name

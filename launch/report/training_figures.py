@@ -58,11 +58,6 @@ class TrainingFigures:
     def found(self) -> bool:
         return self.steps > 0
 
-    def at_tokens(self, step: int) -> float | None:
-        """Million tokens that had been trained on after `step`, about; None when nothing is known."""
-        total, steps = self.last.get("tokens"), self.last.get("step")
-        return step / steps * total / 1e6 if total and steps else None
-
     def to_json(self) -> dict[str, Any]:
         """The series as lists of [x, y]."""
 

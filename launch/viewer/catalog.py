@@ -277,10 +277,6 @@ class Catalog:
     def _remote(self) -> bool:
         return any(index.ledger.storage.width > 1 for index in self.indices)
 
-    def wait_looked(self, timeout_s: float) -> bool:
-        """Until the columns of what is there now are read, once after the start."""
-        return self._looked.wait(timeout_s)
-
     def wait_words(self, timeout_s: float) -> bool:
         """Until the words of what is there are read."""
         deadline = time.monotonic() + timeout_s
