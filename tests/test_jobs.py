@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ SMALL = [
     "evaluate.max_tokens=24", "evaluate.kv_cache_mb=64", "evaluate.engine=in_process", "episode.max_steps=3",
     "retrieval.kind=bm25", "evaluate.rows=[student]",
 ]  # fmt: skip
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 MARK = "APPRENTICE_TEST_CLUSTER"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -46,6 +47,8 @@ class Cluster:
 
     url: str
     environment: dict[str, str]
+    own: frozenset[int] = frozenset()
+    """Processes that were there before the first job."""
 
     def call(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -77,17 +80,30 @@ class Cluster:
             assert time.monotonic() < deadline_s, f"{name} did not come that far: {self.logs(name)}"
             time.sleep(0.5)
 
+    def wait_empty(self, within_s: float) -> None:
+        """Until nothing of any job is left."""
+        deadline_s = time.monotonic() + within_s
+        while left := self.left():
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.5)
+
     def left(self) -> list[str]:
         """Of jobs: actors and placement groups that live, processes that work."""
         found = [f"actor {each['class_name']}" for each in self._listed("actors") if each["state"] != "DEAD"]
         found += ["placement group" for each in self._listed("placement_groups") if each["state"] != "REMOVED"]
+        of_ray = ("/ray/", "ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        for pid, words in self.processes().items():
+            if words and pid not in self.own and not any(word in words for word in of_ray):
+                found.append(words)
+        return found
+
+    def processes(self) -> dict[int, str]:
+        """Command lines by process id, of Ray and of jobs."""
+        found = {}
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.environment[MARK]:
-                    words = " ".join(process.cmdline())
-                    of_ray = ("/ray/", "ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "bin/ray start")
-                    if words and not any(word in words for word in of_ray):
-                        found.append(words)
+                    found[process.pid] = " ".join(process.cmdline())
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
@@ -115,7 +131,7 @@ def cluster(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
         head, started = start_head(folder, log)
         try:
             if comes_up(head, started):
-                yield started
+                yield replace(started, own=frozenset(started.processes()))
                 return
         finally:
             end(head, folder)
@@ -180,23 +196,23 @@ def test_a_job_that_was_stopped_leaves_nothing_and_goes_on_elsewhere(
     run = StoredRun(run_dir, str(tmp_path / "reader"))
     job = [f"run_dir={run_dir}", "tasks.train_count=300", "learner.epochs=1"]
     cluster.submit("first", *job, f"scratch={tmp_path / 'a'}")
-    cluster.wait("first", lambda: run.checkpoints() or cluster.status("first") != "RUNNING")
+    cluster.wait("first", lambda: run.checkpoints() or cluster.status("first") in ENDED)
     assert cluster.status("first") == "RUNNING", cluster.logs("first")
     cluster.call("stop", "first")
     assert cluster.status("first") == "STOPPED"
     assert "interrupted; the same command goes on from" in cluster.logs("first")
-    cluster.wait("first", lambda: not cluster.left(), within_s=30)
+    cluster.wait_empty(within_s=60)
     lease = sorted(each.name for each in open_storage(run_dir).list("lease"))[-1]
     assert json.loads(open_storage(run_dir).read(lease))["released"] is True
     recorded, step = Ledger(run.ledger).keys(), run.checkpoints()[-1]
     assert recorded
 
     cluster.submit("second", *job, f"scratch={tmp_path / 'b'}")
-    cluster.wait("second", lambda: cluster.status("second") in ("SUCCEEDED", "FAILED", "STOPPED"), within_s=400)
+    cluster.wait("second", lambda: cluster.status("second") in ENDED, within_s=400)
     logs = cluster.logs("second")
     assert cluster.status("second") == "SUCCEEDED", logs
     assert f"found of an earlier job: {len(recorded)} of 300 trajectories" in logs and step in logs
-    assert not cluster.left()
+    cluster.wait_empty(within_s=60)
     ledger = Ledger(run.ledger)
     assert recorded < ledger.keys() and ledger.count() == 300 and ledger.duplicates() == 0
     results = json.loads(open_storage(run_dir).read("results.json"))
@@ -218,7 +234,7 @@ def test_a_run_is_refused_to_a_second_job_and_a_driver_that_is_killed_leaves_not
     assert "another job is running in s3://test-jobs/held: job holder on" in cluster.logs("intruder")
     assert cluster.status("holder") == "RUNNING"
     os.kill(int(cluster.ask("jobs/holder")["driver_info"]["pid"]), signal.SIGKILL)
-    cluster.wait("holder", lambda: not cluster.left(), within_s=60)
+    cluster.wait_empty(within_s=60)
     assert cluster.status("holder") == "FAILED"
 
 
