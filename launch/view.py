@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ledgers(named: str) -> list:
-    """A ledger, or those of a run. Raises `ledger_sources.UsageError`."""
-    from launch.ledger_sources import UsageError, open_ledger
+    """A ledger, or those of a run. Raises `launch.ledger.sources.UsageError`."""
+    from launch.ledger.sources import UsageError, open_ledger
     from rollout.ledger_mark import MARK
 
     folder = Path(named)

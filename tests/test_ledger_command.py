@@ -17,8 +17,8 @@ from expert_samples import CODE_POLICY, COT_POLICY, expert_trajectories
 from loopback_server import AnsweringHandler, LoopbackServer
 
 from launch.intervals import score
-from launch.ledger import main
-from launch.ledger_output import Fill
+from launch.ledger.__main__ import main
+from launch.ledger.output import Fill
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.records import from_table
 from rollout.trajectory import Failure, FailureClass, StopReason, Trajectory, Usage
@@ -454,7 +454,7 @@ def test_ledgers_may_be_in_a_bucket(folder, bucket, capsys):
 
 def test_help_answers_without_the_heavy_imports():
     program = (
-        "import sys\nfrom launch.ledger import main\n"
+        "import sys\nfrom launch.ledger.__main__ import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'pyarrow', 'numpy', 'rich', 'pydantic', 'rollout'} & set(sys.modules)\nassert not heavy, heavy"
     )

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from launch.intervals import Score, score
-from launch.ledger_output import Output, new_ledger
-from launch.ledger_sources import Sources, UsageError
+from launch.ledger.output import Output, new_ledger
+from launch.ledger.sources import Sources, UsageError
 from rollout.run_vote import RunVote, vote_runs
 from rollout.trajectory import Trajectory
 

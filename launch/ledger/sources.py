@@ -20,7 +20,7 @@ from rollout.ledger import Ledger, LedgerError
 from rollout.records import from_table
 from rollout.trajectory import Trajectory
 
-CURATIONS = Path(__file__).resolve().parent.parent / "configs" / "curation"
+CURATIONS = Path(__file__).resolve().parents[2] / "configs" / "curation"
 PAPER = "paper"
 """The curation that says what is accepted when none is named; it asks exactly for `Trajectory.trainable`."""
 

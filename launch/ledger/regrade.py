@@ -14,8 +14,8 @@ from typing import Any
 
 from envs.base import Task
 from envs.grading import GRADERS, grade_many
-from launch.ledger_output import Output, new_ledger
-from launch.ledger_sources import Sources, UsageError
+from launch.ledger.output import Output, new_ledger
+from launch.ledger.sources import Sources, UsageError
 from rollout.curation_sets import same_question
 from rollout.trajectory import Trajectory
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from launch.ledger_output import Output
-from launch.ledger_sources import open_ledger
+from launch.ledger.output import Output
+from launch.ledger.sources import open_ledger
 from rollout.retries import RetryRule
 from rollout.trajectory import FailureClass
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.ledger_output import Output, new_file, new_ledger
-from launch.ledger_sources import Sources, UsageError, load_curation
+from launch.ledger.output import Output, new_file, new_ledger
+from launch.ledger.sources import Sources, UsageError, load_curation
 from rollout.interchange import FORMATS, Imported, InterchangeError, read, write
 from rollout.trajectory import Trajectory
 

@@ -16,11 +16,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
 class _Command(NamedTuple):
@@ -34,17 +30,17 @@ class _Command(NamedTuple):
 
 
 COMMANDS = {
-    "show": _Command("ledger_show", "", "counts, success, cost, steps, tokens, failures"),
-    "failures": _Command("ledger_upkeep", "failures", "what came to no result, and whether it is tried again"),
-    "validate": _Command("ledger_upkeep", "validate", "read everything and say whether it is whole"),
-    "compact": _Command("ledger_upkeep", "compact", "merge small shards, in place"),
-    "filter": _Command("ledger_rewrite", "filter", "what a curation keeps, and what each filter removes"),
-    "regrade": _Command("ledger_regrade", "", "grade the recorded predictions again"),
-    "merge": _Command("ledger_rewrite", "merge", "several ledgers into one"),
-    "compose": _Command("ledger_rewrite", "compose", "two policies' trajectories on a task into one"),
-    "vote": _Command("ledger_vote", "", "vote over the samples of each task"),
-    "export": _Command("ledger_exchange", "export", "to a file that other tools read"),
-    "import": _Command("ledger_exchange", "import", "from files that other tools wrote", "files"),
+    "show": _Command("show", "", "counts, success, cost, steps, tokens, failures"),
+    "failures": _Command("upkeep", "failures", "what came to no result, and whether it is tried again"),
+    "validate": _Command("upkeep", "validate", "read everything and say whether it is whole"),
+    "compact": _Command("upkeep", "compact", "merge small shards, in place"),
+    "filter": _Command("rewrite", "filter", "what a curation keeps, and what each filter removes"),
+    "regrade": _Command("regrade", "", "grade the recorded predictions again"),
+    "merge": _Command("rewrite", "merge", "several ledgers into one"),
+    "compose": _Command("rewrite", "compose", "two policies' trajectories on a task into one"),
+    "vote": _Command("vote", "", "vote over the samples of each task"),
+    "export": _Command("exchange", "export", "to a file that other tools read"),
+    "import": _Command("exchange", "import", "from files that other tools wrote", "files"),
 }
 
 
@@ -53,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(next((each for each in arguments if each in COMMANDS), None)).parse_args(arguments)
     from envs.base import EnvError
-    from launch.ledger_output import Output
+    from launch.ledger.output import Output
     from rollout.ledger import LedgerError
 
     command = COMMANDS[options.command]
-    run = getattr(importlib.import_module(f"launch.{command.module}"), f"run_{command.name}".rstrip("_"))
+    run = getattr(importlib.import_module(f"launch.ledger.{command.module}"), f"run_{command.name}".rstrip("_"))
     try:
         return run(options, Output(as_json=options.json))
     except KeyboardInterrupt:
@@ -85,7 +81,7 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
             sub.add_argument("ledgers", nargs="+", metavar="LEDGER", help="folder or s3:// URI")
         sub.add_argument("--json", action="store_true", help="one JSON document instead of tables")
         if name == asked:
-            module = importlib.import_module(f"launch.{command.module}")
+            module = importlib.import_module(f"launch.ledger.{command.module}")
             getattr(module, f"add_{command.name}_arguments".replace("__", "_"))(sub)
     return parser
 

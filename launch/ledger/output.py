@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launch.ledger_sources import UsageError
+from launch.ledger.sources import UsageError
 from rollout import ledger_mark
 from rollout.ledger import LedgerWriter
 from rollout.ledger_merge import BATCH_BYTES

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from launch.intervals import Score, score
-from launch.ledger_output import Output
-from launch.ledger_sources import PAPER, Sources, load_curation
+from launch.ledger.output import Output
+from launch.ledger.sources import PAPER, Sources, load_curation
 from rollout.curation import Curation
 from rollout.retries import RetryRule
 

@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from launch.ledger_output import Output, new_ledger, staged
-from launch.ledger_sources import Sources, UsageError, load_curation
+from launch.ledger.output import Output, new_ledger, staged
+from launch.ledger.sources import Sources, UsageError, load_curation
 from rollout.composition import RefusalReason, Refused, compose_policies
 from rollout.ledger_merge import merge
 

@@ -1,0 +1,1 @@
+"""Looks into ledgers and makes new ones, without generating anything: `python -m launch.ledger COMMAND LEDGER...`."""
