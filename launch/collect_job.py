@@ -19,9 +19,9 @@ from launch.config import CollectConfig
 from launch.config_reading import to_plain
 from launch.environment import describe_environment
 from launch.joint_collection import JointCollection
-from launch.live import LiveView
-from launch.live_ray_metrics import metrics_url
-from launch.live_views import collect_view
+from launch.live.job_views import collect_view
+from launch.live.ray_metrics import metrics_url
+from launch.live.view import LiveView
 from launch.placement import place_collection
 from launch.report import reported
 from launch.spending import JobMeter

@@ -133,7 +133,7 @@ def _names(ledgers: Sequence[str], given: str | None) -> list[str]:
 
 def _print(rows: Sequence[Row]) -> None:
     from launch.evaluation_tables import tables
-    from launch.live import LiveView
+    from launch.live.view import LiveView
 
     console = LiveView().console
     for table in tables(rows, domains={}):

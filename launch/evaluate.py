@@ -71,7 +71,7 @@ def _run(config: EvaluationConfig, folder: EvaluationFolder, world: EvaluationWo
     from rich.console import Console
 
     from launch.evaluation_job import EvaluationJobError, run_evaluation_job
-    from launch.live_views import evaluation_view
+    from launch.live.job_views import evaluation_view
     from launch.report import reported
 
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True) if as_json else None

@@ -19,7 +19,7 @@ from envs.base import Task
 from launch.config import DistillConfig
 from launch.evaluation_modes import OLD_NAMES
 from launch.intervals import Score, score
-from launch.live import LiveView
+from launch.live.view import LiveView
 from launch.spending import JobMeter
 from launch.wiring import Environments, start_evaluation
 from rollout.collector import Collection, Weights

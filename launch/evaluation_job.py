@@ -20,8 +20,8 @@ from launch.evaluation_folder import EvaluationFolder, RowRecord
 from launch.evaluation_rows import Row, keys_of, pairs, refuse_other_tasks
 from launch.evaluation_tables import tables
 from launch.evaluation_tasks import EvaluationWorld
-from launch.live import LiveView
-from launch.live_ray_metrics import metrics_url
+from launch.live.ray_metrics import metrics_url
+from launch.live.view import LiveView
 from launch.run_folder import write_json
 from launch.spending import JobMeter
 from launch.wiring import Environments, start_evaluation, start_workers

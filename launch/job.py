@@ -21,10 +21,10 @@ from launch.config_reading import to_plain
 from launch.evaluation import EvaluationError, run_evaluation, student_settings, student_spec
 from launch.intervals import Score
 from launch.joint_collection import JointCollection
-from launch.live import LiveView
+from launch.live.job_views import distill_view
+from launch.live.ray_metrics import metrics_url
+from launch.live.view import LiveView
 from launch.live_evaluation import LiveEvaluation, start_live_evaluation
-from launch.live_ray_metrics import metrics_url
-from launch.live_views import distill_view
 from launch.placement import Placed, place_job, service_options
 from launch.report import draw_learning_curve, reported, score_table, scores_to_json
 from launch.reuse import reuse

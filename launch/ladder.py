@@ -73,7 +73,7 @@ def _check_runs(ladder: LadderConfig, overrides: Sequence[str]) -> None:
 def _run(ladder: LadderConfig, overrides: Sequence[str]) -> int:
     from launch.ladder_runs import LadderRuns
     from launch.ladder_table import leave, measure
-    from launch.live import LiveView
+    from launch.live.view import LiveView
 
     view, started_s = LiveView(), time.monotonic()
     with LadderRuns(ladder, overrides) as runs:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch.live import LiveView
+from launch.live.view import LiveView
 
 if TYPE_CHECKING:
     from learner.examples import Example, ExampleMaker

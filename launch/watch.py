@@ -21,11 +21,11 @@ if __name__ == "__main__" and not __package__:  # run as a file: imports come fr
 
 from rich.console import Console
 
-from launch.live_drawing import clock
-from launch.live_file import read_status
-from launch.live_lines import plain_line
-from launch.live_status import JobStatus, StatusError, to_json
-from launch.live_terminal import Screen
+from launch.live.drawing import clock
+from launch.live.lines import plain_line
+from launch.live.status import JobStatus, StatusError, to_json
+from launch.live.status_file import read_status
+from launch.live.terminal import Screen
 
 PLAIN_EVERY_S = 10.0
 

@@ -1,5 +1,5 @@
 """`EpisodeMetrics`: how long recorded episodes and their steps took, as histograms through Ray, observed by the worker
-that ran them. What is counted of a job is in `launch.live_metrics`; these need every episode.
+that ran them. What is counted of a job is in `launch.live.metrics`; these need every episode.
 
 Labels: the run, the policy (`teacher`, whoever it is) and the kind of task. It costs some microseconds an episode, and
 nothing is exported where Ray has no agent.

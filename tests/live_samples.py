@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from launch.intervals import score
-from launch.live_status import JobStatus, Said, Stage
+from launch.live.status import JobStatus, Said, Stage
 from learner.base import Progress
 from rollout.spend import ModelSpend, SpendCap, SpendSnapshot
 from rollout.task_feed import CollectProgress, WorkerState

@@ -16,8 +16,8 @@ import pytest
 from learner_samples import trajectory
 from live_samples import LEARNING, collected, learned, learning_status, scored_status, spent
 
-from launch.live_metrics import EXPORTED, METRICS, Metric, samples
-from launch.live_ray_metrics import RayMetrics, metrics_url
+from launch.live.metrics import EXPORTED, METRICS, Metric, samples
+from launch.live.ray_metrics import RayMetrics, metrics_url
 from rollout.episode_metrics import HISTOGRAMS, EpisodeMetrics
 from rollout.spend import SpendCap
 from rollout.trajectory import Trajectory

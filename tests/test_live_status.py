@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from live_samples import NOW_S, STARTED_S, learned, learning_status, scored_status
 
-from launch.live_drawing import clock, duration, sparkline
-from launch.live_file import StatusFile, began_before, read_status
-from launch.live_paces import Pace, Trail
-from launch.live_status import VERSION, StatusError, from_json, printable, to_json
+from launch.live.drawing import clock, duration, sparkline
+from launch.live.paces import Pace, Trail
+from launch.live.status import VERSION, StatusError, from_json, printable, to_json
+from launch.live.status_file import StatusFile, began_before, read_status
 
 
 @pytest.mark.parametrize("status", [learning_status(), scored_status()], ids=["learning", "scored"])

@@ -8,7 +8,7 @@ import pytest
 from live_samples import NOW_S, STARTED_S, learning_status, scored_status
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.live_tensorboard import TensorBoardFigures, figures
+from launch.live.tensorboard_sink import TensorBoardFigures, figures
 
 
 def read(folder) -> EventAccumulator:

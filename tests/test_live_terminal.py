@@ -12,10 +12,10 @@ from rich.console import Console
 
 from launch.evaluation import EvaluationError, watch_evaluation
 from launch.intervals import score
-from launch.live import LiveView
-from launch.live_lines import plain_line
-from launch.live_status import JobStatus, Said, Stage
-from launch.live_terminal import Screen
+from launch.live.lines import plain_line
+from launch.live.status import JobStatus, Said, Stage
+from launch.live.terminal import Screen
+from launch.live.view import LiveView
 from rollout.task_feed import CollectProgress
 
 
@@ -282,7 +282,7 @@ def test_each_step_is_one_point_of_the_curves_and_earlier_ones_are_recalled():
 def test_what_is_left_follows_the_pace(monkeypatch):
     view, _ = plain_view()
     now_s = 0.0
-    monkeypatch.setattr("launch.live.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("launch.live.view.time.monotonic", lambda: now_s)
     with view.stage("collecting"):
         for now_s in (0.0, 10.0, 20.0):
             done = int(now_s)

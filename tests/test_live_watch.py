@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from live_samples import LEARNING, NOW_S, STARTED_S, learning_status, scored_status
 
-from launch.live_file import NAME
-from launch.live_status import JobStatus, Said, to_json
+from launch.live.status import JobStatus, Said, to_json
+from launch.live.status_file import NAME
 from launch.watch import main
 
 ROOT = Path(__file__).parents[1]

@@ -82,7 +82,7 @@ class RunFiles:
     learned: Mapping[str, Any] | None
     """`learner/final.json`."""
     status: Mapping[str, Any] | None
-    """`launch.live_status.JobStatus` of the last job on it: how it ended, and what it said last."""
+    """`launch.live.status.JobStatus` of the last job on it: how it ended, and what it said last."""
     ledgers: tuple[LedgerFiles, ...]
 
     @property

@@ -3,7 +3,7 @@
 Names follow Prometheus' conventions (base units as suffixes, `_total` on counters, ratios in [0, 1]); Ray puts `ray_`
 before each. Labels have few values: a run, its teachers (or other policies), kinds of tasks, span types, classes of
 failures, titles of stages; never a task, a worker or a text of a model. `EXPORTED` has the histograms too, which are
-observed where episodes run (`rollout.episode_metrics`). It exports nothing; `launch.live_ray_metrics` does.
+observed where episodes run (`rollout.episode_metrics`). It exports nothing; `launch.live.ray_metrics` does.
 
 Example::
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.live_status import JobStatus, Stage
+from launch.live.status import JobStatus, Stage
 from rollout.episode_metrics import HISTOGRAMS, LABELS
 from rollout.task_feed import CollectProgress
 

@@ -18,8 +18,8 @@ from textwrap import wrap
 from rich.console import Console, ConsoleOptions, OverflowMethod, RenderResult
 from rich.text import Text
 
-from launch.live_drawing import bar, clock, count, duration, loss_of, per_cent, sparkline
-from launch.live_status import JobStatus, Stage, printable
+from launch.live.drawing import bar, clock, count, duration, loss_of, per_cent, sparkline
+from launch.live.status import JobStatus, Stage, printable
 from rollout.spend import SpendSnapshot
 from rollout.task_feed import CollectProgress
 

@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from launch.live_status import JobStatus, StatusError, from_json, to_json
+from launch.live.status import JobStatus, StatusError, from_json, to_json
 from rollout.storage import FolderStorage, open_storage
 
 NAME = "status.json"

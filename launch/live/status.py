@@ -2,7 +2,7 @@
 lines, `status.json`, the metrics for Prometheus and the curves for TensorBoard.
 
 It is composed of what its parts tell of themselves (`CollectProgress` of the rollouts, `Progress` of the learner,
-`QueueStats`, `SpendSnapshot`), so that nothing is counted twice. It gathers nothing; `launch.live.LiveView` does.
+`QueueStats`, `SpendSnapshot`), so that nothing is counted twice. It gathers nothing; `launch.live.view.LiveView` does.
 
 Example::
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from launch.collect_folder import CollectFolder
 from launch.config import CollectConfig, DistillConfig
 from launch.evaluation_config import EvaluationConfig
-from launch.live import ALL, LiveView, StatusSink
-from launch.live_file import StatusFile, began_before
-from launch.live_ray_metrics import RayMetrics
+from launch.live.ray_metrics import RayMetrics
+from launch.live.status_file import StatusFile, began_before
+from launch.live.view import ALL, LiveView, StatusSink
 from launch.run_folder import RunFolder
 
 
@@ -28,7 +28,7 @@ def distill_view(config: DistillConfig, folder: RunFolder) -> LiveView:
         return LiveView()
     sinks: list[StatusSink] = [StatusFile(folder.path), RayMetrics()]
     if config.learner.tracking.tensorboard:
-        from launch.live_tensorboard import TensorBoardFigures
+        from launch.live.tensorboard_sink import TensorBoardFigures
 
         sinks.append(TensorBoardFigures(folder.path / "tensorboard"))
     view = LiveView(

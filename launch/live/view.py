@@ -2,7 +2,8 @@
 
 `LiveView` gathers a job's `JobStatus` from what its parts tell, and shows it: as a screen on a terminal, as plain
 lines elsewhere. `StatusSink`s are handed the same status: the file that `python -m launch.watch` reads
-(`launch.live_file`), metrics through Ray (`launch.live_ray_metrics`), TensorBoard (`launch.live_tensorboard`).
+(`launch.live.status_file`), metrics through Ray (`launch.live.ray_metrics`), TensorBoard
+(`launch.live.tensorboard_sink`).
 
 Example::
 
@@ -27,10 +28,10 @@ from rich.console import Console
 from rich.live import Live
 
 from launch.intervals import Score
-from launch.live_lines import plain_line
-from launch.live_paces import Pace, Trail
-from launch.live_status import JobStatus, Said, Stage, printable
-from launch.live_terminal import Screen
+from launch.live.lines import plain_line
+from launch.live.paces import Pace, Trail
+from launch.live.status import JobStatus, Said, Stage, printable
+from launch.live.terminal import Screen
 from learner.base import Progress
 from rollout.spend import SpendSnapshot
 from rollout.task_feed import CollectProgress

@@ -7,8 +7,8 @@ Example::
 
 from __future__ import annotations
 
-from launch.live_drawing import count, duration
-from launch.live_status import JobStatus, Stage, printable
+from launch.live.drawing import count, duration
+from launch.live.status import JobStatus, Stage, printable
 from learner.tracking import figures
 
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from launch.live_metrics import METRICS, Metric, samples
-from launch.live_status import JobStatus
+from launch.live.metrics import METRICS, Metric, samples
+from launch.live.status import JobStatus
 
 EVERY_S = 2.0
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.live_status import JobStatus, Stage
+from launch.live.status import JobStatus, Stage
 
 EVERY_S = 10.0
 
