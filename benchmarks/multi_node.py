@@ -75,8 +75,8 @@ def run(address: str, folder: Path, overrides: Sequence[str]) -> None:
 
 def compared(one: Path, many: Path) -> Iterator[Row]:
     """The rows of the table: each kind of task, and all of them."""
-    from launch.evaluation_rows import Row as Scores
-    from launch.significance import holm, mcnemar
+    from launch.evaluation.rows import Row as Scores
+    from launch.evaluation.significance import holm, mcnemar
     from rollout.ledger import Ledger
 
     ours, theirs = (Scores.read(str(run), Ledger(run / "evaluation" / "student")).results for run in (many, one))

@@ -35,7 +35,7 @@ from envs.grading import grade
 from envs.local_envs import LocalEnvs
 from envs.retrieval.search_tool import web_search_tool
 from envs.tools import Tool
-from launch.evaluation import student_spec
+from launch.evaluation.scoring import student_spec
 from rollout.collector import Collection, missing_requests, start_rollout_actors, stop_rollout_actors
 from rollout.dialects import CODE
 from rollout.ledger import Ledger

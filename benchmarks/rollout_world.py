@@ -243,7 +243,7 @@ def stage(
     `engine`, `env_hosts` (Ray actors that hold the envs, 0 for envs of this process): None is the embedded default's.
     """
     from launch.cluster import ray_cluster
-    from launch.evaluation import student_spec
+    from launch.evaluation.scoring import student_spec
 
     config = load_config([f"tasks.train_count={tasks}"])
     config = replace(config, evaluate=replace(config.evaluate, concurrency=concurrency))

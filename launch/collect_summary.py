@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from launch.intervals import score
+from launch.evaluation.intervals import score
 from rollout.curation import Curation, CurationReport
 from rollout.ledger import Ledger
 from rollout.retries import RetryRule

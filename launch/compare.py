@@ -25,7 +25,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: imports come fr
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if TYPE_CHECKING:
-    from launch.evaluation_rows import Row
+    from launch.evaluation.rows import Row
 
 _SETTINGS = re.compile(r"\|([0-9a-f]{12})$")
 """At the end of a key: the digest of the settings."""
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        from launch.evaluation_rows import pairs
+        from launch.evaluation.rows import pairs
 
         found = {
             "rows": {row.name: row.to_json({}) for row in rows},
@@ -86,7 +86,7 @@ def _rows(options: argparse.Namespace) -> list[Row]:
 
 
 def _read(path: str, name: str, votes: bool) -> list[Row]:
-    from launch.evaluation_rows import Row
+    from launch.evaluation.rows import Row
     from rollout.ledger import Ledger, LedgerError
 
     ledger = Ledger(path)
@@ -132,7 +132,7 @@ def _names(ledgers: Sequence[str], given: str | None) -> list[str]:
 
 
 def _print(rows: Sequence[Row]) -> None:
-    from launch.evaluation_tables import tables
+    from launch.evaluation.tables import tables
     from launch.live.view import LiveView
 
     console = LiveView().console

@@ -141,7 +141,8 @@ class EvaluateConfig:
     validation_tasks: int = 48
     """learner.best_by "rollout_score": how many of the tasks that are held out of training a student is scored on."""
     during_training_every_steps: int = 0
-    """Watch how well the student acts while it learns, after so many steps (`launch.live_evaluation`); 0: do not."""
+    """Watch how well the student acts while it learns, after so many steps (`launch.evaluation.during_training`); 0: do
+    not."""
     publish_deadline_s: float = 600.0
     """Within it a running engine has to have taken such a student's weights."""
     dtype: str = "auto"

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING
 from launch.job_command import job_parser, stops_like_an_interrupt
 
 if TYPE_CHECKING:
-    from launch.evaluation_config import EvaluationConfig
-    from launch.evaluation_folder import EvaluationFolder
-    from launch.evaluation_tasks import EvaluationWorld
+    from launch.evaluation.config import EvaluationConfig
+    from launch.evaluation.folder import EvaluationFolder
+    from launch.evaluation.tasks import EvaluationWorld
 
 EXIT_CODES = """exit codes:
   0    done: every episode has a result
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     from launch.config_reading import to_plain
-    from launch.evaluation_folder import EvaluationFolder
-    from launch.evaluation_reading import load_evaluation
+    from launch.evaluation.folder import EvaluationFolder
+    from launch.evaluation.reading import load_evaluation
     from launch.preflight import check_evaluation
 
     try:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(config: EvaluationConfig, folder: EvaluationFolder, world: EvaluationWorld, *, as_json: bool) -> int:
     from rich.console import Console
 
-    from launch.evaluation_job import EvaluationJobError, run_evaluation_job
+    from launch.evaluation.job import EvaluationJobError, run_evaluation_job
     from launch.live.job_views import evaluation_view
     from launch.report import reported
 

@@ -18,20 +18,20 @@ from envs.base import EnvError
 from launch.cluster import ClusterError, ray_cluster
 from launch.config import DistillConfig
 from launch.config_reading import to_plain
-from launch.evaluation import EvaluationError, run_evaluation, student_settings, student_spec
-from launch.intervals import Score
+from launch.evaluation.during_training import LiveEvaluation, start_live_evaluation
+from launch.evaluation.intervals import Score
+from launch.evaluation.scoring import EvaluationError, run_evaluation, student_settings, student_spec
+from launch.evaluation.student_scores import StudentScores, StudentWorkers, validation_tasks
 from launch.joint_collection import JointCollection
 from launch.live.job_views import distill_view
 from launch.live.ray_metrics import metrics_url
 from launch.live.view import LiveView
-from launch.live_evaluation import LiveEvaluation, start_live_evaluation
 from launch.placement import Placed, place_job, service_options
 from launch.report import draw_learning_curve, reported, score_table, scores_to_json
 from launch.reuse import reuse
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
 from launch.spending import JobMeter
-from launch.student_scores import StudentScores, StudentWorkers, validation_tasks
 from launch.wiring import Assignment, Environments, assignments, start_collections, start_workers
 from launch.world import World, load_world
 from learner.base import LearnerError

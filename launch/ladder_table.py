@@ -23,10 +23,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.intervals import Score, score
+from launch.evaluation.intervals import Score, score
+from launch.evaluation.significance import PairedTest, holm, mcnemar
 from launch.ladder_config import LadderConfig, LadderRow
 from launch.run_folder import RunFolder, write_json
-from launch.significance import PairedTest, holm, mcnemar
 from rollout.ledger import Ledger
 
 ALPHA = 0.05

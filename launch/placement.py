@@ -137,7 +137,7 @@ def collection_groups(config: JobConfig, teachers: Sequence[TeacherShare], *, fu
 
 def student_groups(config: DistillConfig) -> list[RoleGroup]:
     """The worker that a student is scored with."""
-    from launch.evaluation import student_spec
+    from launch.evaluation.scoring import student_spec
 
     return worker_groups(
         config.cluster, student_spec(config, config.learner.model_path), count=1, role="student", key="evaluate"

@@ -131,7 +131,7 @@ def _sizes(task_sets: Any) -> tuple[int | None, str]:
 def pace_of_run(place: str) -> Pace:
     """Of a run of the main job, or of a collection: its ledger, and its results where it has ended. Raises
     `ValueError` for a folder that is neither."""
-    from launch.evaluation_summary import summarize
+    from launch.evaluation.summary import summarize
     from rollout.ledger import Ledger, LedgerError
 
     ledger_at = f"{place}/ledger"

@@ -201,7 +201,7 @@ def _engines(
             concurrency = share.concurrency or config.rollout.concurrency
             found.append(_engine(config, "teacher", share.teacher, concurrency, stages, nodes, gpu_gib, warnings))
     if isinstance(config, DistillConfig):
-        from launch.evaluation import student_spec
+        from launch.evaluation.scoring import student_spec
 
         spec = student_spec(config, config.learner.model_path)
         found.append(_engine(config, "student", spec, config.evaluate.concurrency, stages, nodes, gpu_gib, warnings))

@@ -17,9 +17,9 @@ from rollout.policy import PolicyError
 from rollout.policy_spec import PolicySpec
 
 if TYPE_CHECKING:
-    from launch.evaluation_config import EvaluationConfig
-    from launch.evaluation_folder import EvaluationFolder
-    from launch.evaluation_tasks import EvaluationWorld
+    from launch.evaluation.config import EvaluationConfig
+    from launch.evaluation.folder import EvaluationFolder
+    from launch.evaluation.tasks import EvaluationWorld
 
 
 def check(config: DistillConfig) -> None:
@@ -60,7 +60,7 @@ def check_collection(config: CollectConfig) -> None:
 
 def check_evaluation(config: EvaluationConfig, folder: EvaluationFolder) -> EvaluationWorld:
     """The same for an evaluation; returns its tasks, which are loaded now."""
-    from launch.evaluation_tasks import load_tasks_of
+    from launch.evaluation.tasks import load_tasks_of
     from rollout.adapter_merge import base_of
 
     spec = config.policy

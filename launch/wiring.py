@@ -15,7 +15,7 @@ from envs.pool import start_env_hosts
 from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_retrieval_actor
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig, JobConfig, TeacherShare
-from launch.evaluation_config import EvaluationJob
+from launch.evaluation.config import EvaluationJob
 from launch.joint_collection import JointCollection
 from launch.placement import Placed, grows, service_options
 from launch.spending import JobMeter, is_endpoint

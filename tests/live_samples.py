@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from launch.intervals import score
+from launch.evaluation.intervals import score
 from launch.live.status import JobStatus, Said, Stage
 from learner.base import Progress
 from rollout.spend import ModelSpend, SpendCap, SpendSnapshot

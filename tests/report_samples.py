@@ -12,7 +12,7 @@ from typing import Any
 from learner_samples import trajectory
 
 from launch.config_reading import load_config, to_plain
-from launch.intervals import score
+from launch.evaluation.intervals import score
 from launch.report import scores_to_json
 from rollout.ledger import LedgerWriter
 from rollout.trajectory import Failure, FailureClass, StopReason, Trajectory, Usage

@@ -9,7 +9,7 @@ import pytest
 from learner_samples import trajectory
 
 from launch.config_reading import load_config
-from launch.evaluation import EvaluationError, ledger_scores, student_settings
+from launch.evaluation.scoring import EvaluationError, ledger_scores, student_settings
 from rollout.ledger import LedgerWriter
 from rollout.trajectory import Trajectory
 

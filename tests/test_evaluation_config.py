@@ -14,11 +14,11 @@ from envs.pool import EnvSpec
 from launch.config import EvaluateConfig, RetrievalConfig, TasksConfig
 from launch.config_reading import CONFIG_FOLDER, load_config, to_plain
 from launch.evaluate import main
-from launch.evaluation_config import EvaluationConfig
-from launch.evaluation_folder import EvaluationFolder, RowRecord, fingerprint, safe_name
-from launch.evaluation_modes import MODES
-from launch.evaluation_reading import load_evaluation, parse_evaluation
-from launch.evaluation_tasks import load_tasks_of
+from launch.evaluation.config import EvaluationConfig
+from launch.evaluation.folder import EvaluationFolder, RowRecord, fingerprint, safe_name
+from launch.evaluation.modes import MODES
+from launch.evaluation.reading import load_evaluation, parse_evaluation
+from launch.evaluation.tasks import load_tasks_of
 from launch.run_folder import RunFolderError, write_json
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import ConfigError

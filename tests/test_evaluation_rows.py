@@ -10,9 +10,9 @@ from learner_samples import trajectory
 
 from envs.base import Task
 from launch.compare import main as compare
-from launch.evaluation_rows import AVERAGE, IN_DOMAIN, OUT_OF_DOMAIN, OtherTaskError, Row, keys_of, pairs
-from launch.evaluation_summary import summarize
-from launch.significance import mcnemar
+from launch.evaluation.rows import AVERAGE, IN_DOMAIN, OUT_OF_DOMAIN, OtherTaskError, Row, keys_of, pairs
+from launch.evaluation.significance import mcnemar
+from launch.evaluation.summary import summarize
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.trajectory import Failure, FailureClass, StopReason, Trajectory, Usage
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.intervals import Score, average, bootstrap, mean_score, score
-from launch.pass_at_k import ks, pass_at_k
+from launch.evaluation.intervals import Score, average, bootstrap, mean_score, score
+from launch.evaluation.pass_at_k import ks, pass_at_k
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))

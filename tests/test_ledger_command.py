@@ -16,7 +16,7 @@ import pytest
 from expert_samples import CODE_POLICY, COT_POLICY, expert_trajectories
 from loopback_server import AnsweringHandler, LoopbackServer
 
-from launch.intervals import score
+from launch.evaluation.intervals import score
 from launch.ledger.__main__ import main
 from launch.ledger.output import Fill
 from rollout.ledger import Ledger, LedgerWriter

@@ -12,8 +12,8 @@ import pytest
 from learner_samples import trajectory
 
 from launch.config_reading import load_config
-from launch.evaluation import EvaluationError
-from launch.live_evaluation import LiveEvaluation, watched_tasks
+from launch.evaluation.during_training import LiveEvaluation, watched_tasks
+from launch.evaluation.scoring import EvaluationError
 from learner.base import Progress
 from learner.config import ConfigError
 from learner.curriculum import held_out

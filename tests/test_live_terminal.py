@@ -10,8 +10,8 @@ import pytest
 from live_samples import LEARNING, NOW_S, STARTED_S, collected, learned, learning_status, queued, scored_status, spent
 from rich.console import Console
 
-from launch.evaluation import EvaluationError, watch_evaluation
-from launch.intervals import score
+from launch.evaluation.intervals import score
+from launch.evaluation.scoring import EvaluationError, watch_evaluation
 from launch.live.lines import plain_line
 from launch.live.status import JobStatus, Said, Stage
 from launch.live.terminal import Screen

@@ -18,7 +18,7 @@ from browser import open_chromium
 from report_samples import failed, run_folder, sampled, whole_run
 from viewer_samples import HOSTILE, hostile, numbered, voted
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from launch.report import REPORT, reported, write_report
 from launch.report.__main__ import main
 from launch.report.charts import Line, line_chart, nice_ticks

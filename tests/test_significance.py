@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.significance import holm, mcnemar, paired_average, paired_bootstrap, paired_test
+from launch.evaluation.significance import holm, mcnemar, paired_average, paired_bootstrap, paired_test
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 

@@ -10,8 +10,8 @@ import pytest
 
 from envs.base import Task
 from launch.config_reading import load_config
-from launch.evaluation import EvaluationError
-from launch.student_scores import StudentScores, validation_tasks
+from launch.evaluation.scoring import EvaluationError
+from launch.evaluation.student_scores import StudentScores, validation_tasks
 from learner.base import Progress
 from learner.config import ConfigError
 from learner.curriculum import held_out

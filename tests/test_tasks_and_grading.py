@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from envs.base import Task, TaskError
 from envs.grading import grade, grade_many
 from envs.tasks import load_tasks
-from launch.intervals import score
+from launch.evaluation.intervals import score
 
 
 def write(path, *rows):

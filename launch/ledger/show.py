@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from launch.intervals import Score, score
+from launch.evaluation.intervals import Score, score
 from launch.ledger.output import Output
 from launch.ledger.sources import PAPER, Sources, load_curation
 from rollout.curation import Curation

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from launch.intervals import Score, score
+from launch.evaluation.intervals import Score, score
 from launch.ledger.output import Output, new_ledger
 from launch.ledger.sources import Sources, UsageError
 from rollout.run_vote import RunVote, vote_runs

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from launch.collect_folder import CollectFolder
 from launch.config import CollectConfig, DistillConfig
-from launch.evaluation_config import EvaluationConfig
+from launch.evaluation.config import EvaluationConfig
 from launch.live.ray_metrics import RayMetrics
 from launch.live.status_file import StatusFile, began_before
 from launch.live.view import ALL, LiveView, StatusSink

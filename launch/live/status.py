@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from learner.base import Progress
 from rollout.spend import SpendSnapshot
 from rollout.task_feed import CollectProgress

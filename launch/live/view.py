@@ -27,7 +27,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.live import Live
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from launch.live.lines import plain_line
 from launch.live.paces import Pace, Trail
 from launch.live.status import JobStatus, Said, Stage, printable

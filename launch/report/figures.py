@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import describe_environment
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from launch.report.ledger_figures import NAME_CHARS, LedgerFigures, Tally, read_figures, steps_by_task
 from launch.report.run_files import Kind, LedgerFiles, Role, RunFiles
 from launch.report.samples import failed_samples, read_samples

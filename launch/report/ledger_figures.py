@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from launch.intervals import Score, score
+from launch.evaluation.intervals import Score, score
 from rollout.ledger import Ledger
 
 pc: Any = pyarrow.compute  # its functions are made at run time

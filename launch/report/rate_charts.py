@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from launch.report.charts import anchor, colour_class, percent_of
 from launch.report.markup import Markup, tag, void
 from launch.report.wording import percent

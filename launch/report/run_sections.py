@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from launch.report.figures import Figures
 from launch.report.markup import Markup, clipped, details, joined, table, tag
 from launch.report.run_files import Kind, Role

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from launch.intervals import Score, score
+from launch.evaluation.intervals import Score, score
 from launch.report.charts import Line, line_chart
 from launch.report.figures import Figures, recorded_scores
 from launch.report.ledger_figures import LENGTH_LABELS, Cell, LedgerFigures, Tally

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 
 Scores = Mapping[str, Mapping[str, Score]]
 """policy row -> kind of task -> score."""

@@ -123,7 +123,7 @@ def _composed(arguments: tuple[str, ...], job: str) -> Any:
     from launch.config_reading import load_config, to_plain
 
     if job == "evaluate":
-        from launch.evaluation_reading import load_evaluation
+        from launch.evaluation.reading import load_evaluation
 
         return to_plain(load_evaluation(arguments))
     from launch.config import CollectConfig, DistillConfig

@@ -8,7 +8,7 @@ Example::
 
 from __future__ import annotations
 
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
 from launch.report.scores import ROW_TITLES
 
 

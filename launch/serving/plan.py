@@ -24,7 +24,7 @@ from envs.retrieval.spec import RetrieverSpec
 from envs.sandbox.session import MAX_CANDIDATES
 from launch.config import DistillConfig
 from launch.config_reading import load_config
-from launch.evaluation import student_settings, student_spec
+from launch.evaluation.scoring import student_settings, student_spec
 from launch.run_folder import RunFolder
 from launch.world import load_world
 from learner.config import ConfigError

@@ -5,7 +5,7 @@ The learner publishes its weights every so many steps (`learner.publish`) to one
 use then acts on held-out tasks, with the episodes in a ledger like any other. A version that comes while another one
 acts waits, and is passed over when a newer one comes; nothing here holds the training up or ends it. Nothing is chosen
 by these scores either, which is why they may be of test tasks where none are held out of training; to choose the best
-student by its rollouts is `learner.best_by` (`launch.student_scores`).
+student by its rollouts is `learner.best_by` (`launch.evaluation.student_scores`).
 
 Example::
 
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from envs.base import Task
 from launch.config import DistillConfig
-from launch.student_scores import FAILURES, Evaluation, StudentWorkers, validation_tasks
+from launch.evaluation.student_scores import FAILURES, Evaluation, StudentWorkers, validation_tasks
 from launch.wiring import Environments
 from learner.base import Progress
 from learner.publish import WeightPublisher, hold

@@ -2,7 +2,7 @@
 
 It reads columns and never makes trajectories, and holds counts: memory does not grow with what trajectories hold, only
 by some bytes a task and a key. Quantiles are read off histograms whose bins are 2% wide. It does not say who is better:
-`launch.significance` does.
+`launch.evaluation.significance` does.
 
 Example::
 
@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launch.intervals import Score, mean_score, score
+from launch.evaluation.intervals import Score, mean_score, score
 from rollout.ledger import Ledger
 
 _COLUMNS = [

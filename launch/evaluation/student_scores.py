@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from envs.base import EnvError, Task
 from launch.config import DistillConfig
-from launch.evaluation import EvaluationError, ledger_scores, student_settings, student_spec
+from launch.evaluation.scoring import EvaluationError, ledger_scores, student_settings, student_spec
 from launch.wiring import Environments, start_evaluation, start_workers
 from learner.base import Progress
 from learner.config import ConfigError

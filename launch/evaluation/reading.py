@@ -18,8 +18,8 @@ from typing import Any
 
 from launch.config import DIALECT_OF_ENV
 from launch.config_reading import CONFIG_FOLDER, local_folder, parse_config, to_plain
-from launch.evaluation_config import EvaluationConfig
-from launch.evaluation_modes import OLD_NAMES
+from launch.evaluation.config import EvaluationConfig
+from launch.evaluation.modes import OLD_NAMES
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import ConfigError
 from rollout.adapter_merge import base_of

@@ -14,12 +14,12 @@ from envs.base import EnvError, Task
 from launch.cluster import ClusterError, ray_cluster
 from launch.config_reading import to_plain
 from launch.environment import describe_environment
-from launch.evaluation import EvaluationError, watch_evaluation
-from launch.evaluation_config import EvaluationConfig
-from launch.evaluation_folder import EvaluationFolder, RowRecord
-from launch.evaluation_rows import Row, keys_of, pairs, refuse_other_tasks
-from launch.evaluation_tables import tables
-from launch.evaluation_tasks import EvaluationWorld
+from launch.evaluation.config import EvaluationConfig
+from launch.evaluation.folder import EvaluationFolder, RowRecord
+from launch.evaluation.rows import Row, keys_of, pairs, refuse_other_tasks
+from launch.evaluation.scoring import EvaluationError, watch_evaluation
+from launch.evaluation.tables import tables
+from launch.evaluation.tasks import EvaluationWorld
 from launch.live.ray_metrics import metrics_url
 from launch.live.view import LiveView
 from launch.run_folder import write_json

@@ -17,7 +17,7 @@ from pathlib import Path
 from envs.base import Task, TaskError
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import TasksConfig, TaskSet
-from launch.evaluation_config import BenchmarkConfig, BenchmarkSet, EvaluationConfig, EvaluationJob
+from launch.evaluation.config import BenchmarkConfig, BenchmarkSet, EvaluationConfig, EvaluationJob
 from launch.world import retriever_of, test_tasks_of
 
 _DEPTH = 4

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.intervals import RESAMPLES, bootstrap, score
+from launch.evaluation.intervals import RESAMPLES, bootstrap, score
 
 _AT_ONCE = 4_000_000
 _EQUAL = 1e-12
@@ -93,8 +93,8 @@ def paired_test(first: Sequence[float], second: Sequence[float], *, seed: int = 
 def paired_average(sets: Sequence[tuple[Sequence[float], Sequence[float]]], *, seed: int = 0) -> PairedTest:
     """Of the means over sets of tasks, each set counting the same. `sets`: (first, second) of each, a number a task.
 
-    The interval is those of the sets, squared and added as in `launch.intervals.average`; the p-value is a sign-flip
-    test in which a task of a small set weighs more. Raises `ValueError` for no set, or one without tasks.
+    The interval is those of the sets, squared and added as in `launch.evaluation.intervals.average`; the p-value is a
+    sign-flip test in which a task of a small set weighs more. Raises `ValueError` for no set, or one without tasks.
     """
     if not sets:
         raise ValueError("an average needs at least one set of tasks")

@@ -1,8 +1,8 @@
 """From ledgers to scores: what each task came to, scores by kind, averages over benchmarks, pass@k, pairs of policies.
 
 A task's value is in [0, 1]: the reward of its run, the mean over its runs, or the vote's. Right or wrong gives Wilson's
-interval, anything else a bootstrap over tasks (`launch.intervals`); two rows are compared on the tasks that both have
-(`launch.significance`).
+interval, anything else a bootstrap over tasks (`launch.evaluation.intervals`); two rows are compared on the tasks that
+both have (`launch.evaluation.significance`).
 
 Example::
 
@@ -19,10 +19,10 @@ from itertools import combinations
 from typing import Any
 
 from envs.base import Task
-from launch.evaluation_summary import Summary, summarize
-from launch.intervals import Score, average, mean_score
-from launch.pass_at_k import ks, pass_at_k
-from launch.significance import PairedTest, holm, paired_average, paired_test
+from launch.evaluation.intervals import Score, average, mean_score
+from launch.evaluation.pass_at_k import ks, pass_at_k
+from launch.evaluation.significance import PairedTest, holm, paired_average, paired_test
+from launch.evaluation.summary import Summary, summarize
 from rollout.ledger import Ledger
 from rollout.run_vote import vote_runs
 

@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from launch.evaluation_rows import AVERAGE, Row, pairs
-from launch.intervals import Score
+from launch.evaluation.intervals import Score
+from launch.evaluation.rows import AVERAGE, Row, pairs
 
 _ROWS_A_TABLE = 3
 """Policies beside one another; more go into a further table."""

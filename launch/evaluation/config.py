@@ -1,7 +1,7 @@
 """The typed schema of `launch/evaluate.py`: which policy, on which tasks, in which modes.
 
 It holds what a person says; `EvaluationConfig.job` is what that comes to for one mode, with the mode's env, dialect and
-sampling, in the form that actors are started from. `launch.evaluation_reading` makes it of `configs/` and overrides.
+sampling, in the form that actors are started from. `launch.evaluation.reading` makes it of `configs/` and overrides.
 
 Example::
 
@@ -25,7 +25,7 @@ from launch.config import (
     RolloutConfig,
     TasksConfig,
 )
-from launch.evaluation_modes import Mode, mode_env, mode_settings, refuse, runs_of
+from launch.evaluation.modes import Mode, mode_env, mode_settings, refuse, runs_of
 from rollout.episode import EpisodeSettings
 from rollout.policy_spec import PolicySpec
 from rollout.spend import SpendCap

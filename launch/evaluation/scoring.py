@@ -17,8 +17,8 @@ from typing import Any
 
 from envs.base import Task
 from launch.config import DistillConfig
-from launch.evaluation_modes import OLD_NAMES
-from launch.intervals import Score, score
+from launch.evaluation.intervals import Score, score
+from launch.evaluation.modes import OLD_NAMES
 from launch.live.view import LiveView
 from launch.spending import JobMeter
 from launch.wiring import Environments, start_evaluation
@@ -30,7 +30,7 @@ from rollout.policy_spec import PolicySpec
 from rollout.run_vote import vote_runs
 
 MODES = ("greedy", "self_consistent", "whole_run_vote")
-"""What the main job calls them; `launch.evaluation_modes` names all that the command knows."""
+"""What the main job calls them; `launch.evaluation.modes` names all that the command knows."""
 
 
 class EvaluationError(RuntimeError):
@@ -55,7 +55,7 @@ def student_spec(config: DistillConfig, folder: str) -> PolicySpec:
 
 def student_settings(config: DistillConfig, mode: str) -> EpisodeSettings:
     """How students are run in `mode`, by either of its names: greedy, k candidates a step with a vote, or k whole runs
-    of a task to vote on. Raises `ValueError` for the modes that have another env (`launch.evaluation_modes`)."""
+    of a task to vote on. Raises `ValueError` for the modes that have another env (`launch.evaluation.modes`)."""
     mode = {new: old for old, new in OLD_NAMES.items()}.get(mode, mode)
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}; launch/evaluate.py has others")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config_reading import to_plain
-from launch.evaluation_config import EvaluationConfig
+from launch.evaluation.config import EvaluationConfig
 from launch.run_folder import POLICY_FIXED, RunFolderError, write_json
 from rollout.episode import EpisodeSettings
 from rollout.policy_spec import PolicySpec
