@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launch.config import JobConfig
-    from launch.plan_cost import Pace
-    from launch.plan_nodes import PlanNode
+    from launch.planning.cost import Pace
+    from launch.planning.nodes import PlanNode
 
 EXIT_CODES = """exit codes:
   0  it fits, as far as is known
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from launch.cluster import ClusterError
     from launch.config import CollectConfig, DistillConfig
     from launch.config_reading import load_config
-    from launch.plan_making import make_plan
+    from launch.planning.making import make_plan
 
     try:
         config = load_config(options.overrides, CollectConfig if options.collect else DistillConfig)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         from rich.console import Console
 
-        from launch.plan_drawing import draw
+        from launch.planning.drawing import draw
 
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -109,7 +109,7 @@ def _positive(text: str) -> float:
 
 
 def _nodes(options: argparse.Namespace, config: JobConfig) -> list[PlanNode]:
-    from launch.plan_nodes import PlanNode, nodes_of, nodes_of_cluster
+    from launch.planning.nodes import PlanNode, nodes_of, nodes_of_cluster
     from rollout.placement_fit import Node
 
     if options.nodes:
@@ -125,7 +125,7 @@ def _nodes(options: argparse.Namespace, config: JobConfig) -> list[PlanNode]:
 def _pace(options: argparse.Namespace) -> Pace:
     from dataclasses import replace
 
-    from launch.plan_cost import Known, Pace, pace_of_run
+    from launch.planning.cost import Known, Pace, pace_of_run
 
     pace = pace_of_run(options.run) if options.run else Pace()
     given = {

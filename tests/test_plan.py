@@ -13,11 +13,11 @@ import pytest
 
 from launch import plan
 from launch.config_reading import load_config
-from launch.plan_cost import Counts, Known, Pace, count_tasks, estimate_job, pace_of_run
-from launch.plan_making import make_plan
-from launch.plan_memory import engine_memory, learner_memory
-from launch.plan_nodes import nodes_of
-from launch.plan_shapes import QWEN2_5, UnknownShapeError, shape_of, shape_of_config
+from launch.planning.cost import Counts, Known, Pace, count_tasks, estimate_job, pace_of_run
+from launch.planning.making import make_plan
+from launch.planning.memory import engine_memory, learner_memory
+from launch.planning.nodes import nodes_of
+from launch.planning.shapes import QWEN2_5, UnknownShapeError, shape_of, shape_of_config
 from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LoraConfig
 from rollout.policy_spec import PolicySpec

@@ -1,7 +1,7 @@
 """Makes a plan: where each role of a job would run, what each model takes of memory, how long it lasts and costs.
 
-Plain data of a configuration and a list of nodes; `launch.plan` is the command, `launch.plan_drawing` shows it. Nothing
-is started, loaded or downloaded.
+Plain data of a configuration and a list of nodes; `launch.plan` is the command, `launch.planning.drawing` shows it.
+Nothing is started, loaded or downloaded.
 
 Example::
 
@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from launch.config import DistillConfig, JobConfig
 from launch.placement import RoleGroup, collection_groups, evaluation_groups, learning_groups, resources_of
-from launch.plan_cost import Counts, Estimate, Pace, count_tasks, estimate_job
-from launch.plan_memory import GIB, EngineMemory, Memory, engine_memory, learner_memory
-from launch.plan_nodes import PlanNode
-from launch.plan_shapes import ModelShape, UnknownShapeError, shape_of
+from launch.planning.cost import Counts, Estimate, Pace, count_tasks, estimate_job
+from launch.planning.memory import GIB, EngineMemory, Memory, engine_memory, learner_memory
+from launch.planning.nodes import PlanNode
+from launch.planning.shapes import ModelShape, UnknownShapeError, shape_of
 from rollout.placement_fit import PlacementError, assign, check, words
 from rollout.policy_spec import PolicySpec
 

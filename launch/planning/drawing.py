@@ -9,9 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from launch.plan_cost import Line
-from launch.plan_making import ModelMemory, Plan, Stage
-from launch.plan_memory import GIB
+from launch.planning.cost import Line
+from launch.planning.making import ModelMemory, Plan, Stage
+from launch.planning.memory import GIB
 from rollout.placement_fit import nodes_in_words, words
 
 MOST_NODES = 20

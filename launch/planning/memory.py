@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.plan_shapes import ModelShape
+from launch.planning.shapes import ModelShape
 from learner.config import LearnerConfig
 from rollout.policy_spec import PolicySpec
 
