@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: imports come fr
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch.job_command import stops_like_an_interrupt
-from launch.ladder_config import LadderConfig, read_ladder
+from launch.rungs.config import LadderConfig, read_ladder
 from learner.config import ConfigError
 
 RECIPE = "recipe=ladder"
@@ -71,9 +71,9 @@ def _check_runs(ladder: LadderConfig, overrides: Sequence[str]) -> None:
 
 
 def _run(ladder: LadderConfig, overrides: Sequence[str]) -> int:
-    from launch.ladder_runs import LadderRuns
-    from launch.ladder_table import leave, measure
     from launch.live.view import LiveView
+    from launch.rungs.runs import LadderRuns
+    from launch.rungs.table import leave, measure
 
     view, started_s = LiveView(), time.monotonic()
     with LadderRuns(ladder, overrides) as runs:

@@ -12,9 +12,9 @@ from rich.console import Console
 from envs.base import Task
 from launch import distill
 from launch.config_reading import load_config
-from launch.ladder_config import Expectation, LadderConfig, LadderRow, LadderRun, read_ladder
-from launch.ladder_runs import LadderRuns
-from launch.ladder_table import leave, measure
+from launch.rungs.config import Expectation, LadderConfig, LadderRow, LadderRun, read_ladder
+from launch.rungs.runs import LadderRuns
+from launch.rungs.table import leave, measure
 from learner.config import ConfigError
 from rollout.ledger import LedgerWriter
 from rollout.trajectory import StopReason, Trajectory

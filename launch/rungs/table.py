@@ -25,8 +25,8 @@ from rich.table import Table
 
 from launch.evaluation.intervals import Score, score
 from launch.evaluation.significance import PairedTest, holm, mcnemar
-from launch.ladder_config import LadderConfig, LadderRow
 from launch.run_folder import RunFolder, write_json
+from launch.rungs.config import LadderConfig, LadderRow
 from rollout.ledger import Ledger
 
 ALPHA = 0.05

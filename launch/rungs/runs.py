@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from launch.cluster import ROOT
-from launch.ladder_config import LadderConfig, LadderRun
+from launch.rungs.config import LadderConfig, LadderRun
 
 PROGRAM = ROOT / "launch" / "distill.py"
 END_S = 90.0
