@@ -324,8 +324,8 @@ class DistillConfig(JobConfig):
     """Folder or `s3://bucket/path` of everything the run leaves behind; a second run of the same command goes on in
     it."""
     scratch: str = ""
-    """Where machines work on a run that is kept in an object store, at the same path on each (`launch.stored_run`);
-    empty: in the machine's folder for temporary files."""
+    """Where machines work on a run that is kept in an object store, at the same path on each
+    (`launch.bucket.stored_run`); empty: in the machine's folder for temporary files."""
     reuse: tuple[str, ...] = ()
     """Ledgers of earlier runs: those episodes of this run that they hold are taken from there (`launch.reuse`)."""
     learner: LearnerConfig

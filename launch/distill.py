@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(config, int):
         return config
 
+    from launch.bucket.stored_run import open_run
     from launch.job import JobError, run_job
     from launch.run_folder import RunFolderError, RunLostError
-    from launch.stored_run import open_run
 
     try:
         folder = open_run(config)

@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-checkpoints", action="store_true", help="leave out what only goes on with training")
     options = parser.parse_args(arguments)
 
+    from launch.bucket.stored_run import fetch
     from launch.run_folder import RunFolderError
-    from launch.stored_run import fetch
 
     try:
         if "://" not in options.run:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def check(config: DistillConfig) -> None:
     """Raises `ConfigError` or `ValueError` of one line: missing files, malformed tasks, an endpoint that does not
     answer."""
-    from launch.stored_run import open_run
+    from launch.bucket.stored_run import open_run
     from learner.needed_scores import configured_scorer, refuse_missing_scores
     from learner.objectives import OBJECTIVES, make_objective
     from learner.tracking import check_installed

@@ -2,7 +2,7 @@
 
 `config.json` holds the configuration that the folder belongs to; a job with another one is refused and told what
 differs. A lock that dies with its process keeps two jobs from sharing the folder. A run in an object store works in
-such a folder, too: `launch.stored_run`.
+such a folder, too: `launch.bucket.stored_run`.
 """
 
 from __future__ import annotations

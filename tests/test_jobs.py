@@ -24,7 +24,7 @@ import psutil
 import pytest
 import yaml
 
-from launch.stored_run import StoredRun
+from launch.bucket.stored_run import StoredRun
 from rollout.ledger import Ledger
 from rollout.storage import open_storage
 from tests.conftest import RAY_ENV_VARS, ROOT

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.lease import FOLDER, Fence, Lease, LeaseHeld, LeaseLost, LeaseTimes
-from launch.mirror import INDEX, Mirror, Mirroring
+from launch.bucket.lease import FOLDER, Fence, Lease, LeaseHeld, LeaseLost, LeaseTimes
+from launch.bucket.mirror import INDEX, Mirror, Mirroring
 from rollout.storage import FolderStorage, Storage, StorageError, open_storage
 
 WHOLE = ("checkpoints/*", "best")

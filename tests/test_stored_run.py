@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.bucket.learner_mirror import LearnerMirror, NotSharedError
+from launch.bucket.lease import LeaseTimes
+from launch.bucket.stored_run import StoredRun, open_run
 from launch.config import DistillConfig
 from launch.config_reading import load_config
 from launch.fetch import main as fetch
-from launch.learner_mirror import LearnerMirror, NotSharedError
-from launch.lease import LeaseTimes
 from launch.run_folder import RunFolder, RunFolderError, RunLostError
-from launch.stored_run import StoredRun, open_run
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.storage import open_storage
 from tests.test_ledger import trajectory

@@ -109,7 +109,7 @@ class RunFiles:
 
 
 def find(place: str | Path, *, ledgers: str | Path | None = None) -> RunFiles:
-    """`ledgers`: where the run's ledgers are, when that is elsewhere (`launch.stored_run`).
+    """`ledgers`: where the run's ledgers are, when that is elsewhere (`launch.bucket.stored_run`).
 
     Raises `ReportError` for a place where there is neither a run nor a ledger, or that cannot be read."""
     try:

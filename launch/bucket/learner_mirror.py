@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.lease import Fence
-from launch.mirror import Mirror, Mirroring
+from launch.bucket.lease import Fence
+from launch.bucket.mirror import Mirror, Mirroring
 
 WHOLE = ("checkpoints/*", "snapshots/*", "best", "student")
 SKIP = ("published/", "candidates/", "checkpoints/damaged-*/", "final.json")

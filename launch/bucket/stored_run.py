@@ -4,8 +4,8 @@
                     /ledger/, /evaluation/NAME/                        ledgers: written there by all workers, at once
                     /spend.jsonl                                       likewise, by the spend meter
                     /learner/                                          checkpoints, the student, snapshots, numbers
-                    /mirror.json, /learner/mirror.json                 what of all this is whole (`launch.mirror`)
-                    /lease/                                            who works on it now (`launch.lease`)
+                    /mirror.json, /learner/mirror.json                 what of this is whole (`launch.bucket.mirror`)
+                    /lease/                                            who works on it now (`launch.bucket.lease`)
 
 Every machine works in a folder of its own, `scratch`, at the same path on all: the driver keeps its files there, the
 learner its own, and each is copied to the store by whoever wrote it. A job starts from what the store has, whatever is
@@ -33,10 +33,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launch.bucket.learner_mirror import LearnerMirror
+from launch.bucket.lease import Lease, LeaseHeld, LeaseLost, LeaseTimes
+from launch.bucket.mirror import INDEX, Mirror, Mirroring
 from launch.config import DistillConfig
-from launch.learner_mirror import LearnerMirror
-from launch.lease import Lease, LeaseHeld, LeaseLost, LeaseTimes
-from launch.mirror import INDEX, Mirror, Mirroring
 from launch.run_folder import RunFolder, RunFolderError, RunLostError
 from launch.wiring import START_TIMEOUT_S
 from rollout.storage import Storage, StorageError, ahead, open_storage
