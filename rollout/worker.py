@@ -35,6 +35,11 @@ ATTEMPTS = 3
 """How often an episode is tried within a run when it fails through our own fault."""
 TRIED_AGAIN = (FailureClass.ENVIRONMENT, FailureClass.ENGINE)
 FLUSH_S = 0.25
+FLUSH_MOST_S = 2.0
+FLUSH_SHARE = 0.1
+"""What has finished waits to be recorded together with what finishes next: for this share of the time that it took,
+within `FLUSH_S` and `FLUSH_MOST_S`. A shard, a report and a table for the queue cost the same for one episode as for
+ten, and a worker that is killed loses little beside what it had under way."""
 FLUSH_COUNT = 64
 OBSERVE_S = 1.0
 LEDGER_PATIENCE_S = 900.0
@@ -221,13 +226,13 @@ class RolloutWorker:
                 return
 
     async def _batch(self) -> tuple[list[Trajectory], bool]:
-        """What finished within `FLUSH_S` of the first one, at most `FLUSH_COUNT`; and whether that was the end."""
+        """What finished, and soon after it (`FLUSH_SHARE`), at most `FLUSH_COUNT`; and whether that was the end."""
         first = await self._finished.get()
         if first is None:
             return [], True
         batch = [first]
         try:
-            async with asyncio.timeout(FLUSH_S):
+            async with asyncio.timeout(flush_s(first.duration_s)):
                 while len(batch) < FLUSH_COUNT:
                     trajectory = await self._finished.get()
                     if trajectory is None:
@@ -236,6 +241,11 @@ class RolloutWorker:
         except TimeoutError:
             pass
         return batch, False
+
+
+def flush_s(duration_s: float) -> float:
+    """How long an episode that took `duration_s` waits for others to be recorded with it."""
+    return min(FLUSH_MOST_S, max(FLUSH_S, FLUSH_SHARE * duration_s))
 
 
 async def _close(env: AsyncEnv) -> None:
