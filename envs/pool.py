@@ -36,6 +36,8 @@ SearchFunction = Callable[[str, int], list[Any]]
 
 _HOST_AWAY_S = 0.5
 """Between two calls to a host that is being started again."""
+_HOST_GONE_S = 10.0
+"""One that is away for longer is left for another, if there is one."""
 ENV_NAMES = ("answer", "code", "search", "tool")
 
 
@@ -98,6 +100,7 @@ class EnvHost:
         self._servers: list[McpServer] = []
         self._sandbox: Sandbox | None = None
         self._context: Callable[[str], str] | None = None
+        self._leaves = False
         # Graders belong to the process: those of the newest host hold, and they end with it.
         configure_math(replace(spec.math, unsafe=spec.math.unsafe or spec.unsafe))
         if spec.judge is not None:
@@ -150,7 +153,13 @@ class EnvHost:
     def can_preview(self) -> bool:
         return self.make().can_preview
 
+    def leave(self) -> None:
+        """Begin no episode any more: the node is to go."""
+        self._leaves = True
+
     def reset(self, slot: int, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
+        if self._leaves:
+            raise HostLeavesError("the env host leaves with its node")
         if slot not in self._envs:
             self._envs[slot] = self.make()
         return self._envs[slot].reset(task, seed)
@@ -217,28 +226,45 @@ def start_env_hosts(
 
 
 class HostAwayError(EnvError):
-    """The host has died and will be back."""
+    """The host has died; it will be back, unless `for_good`."""
+
+    def __init__(self, message: str, *, for_good: bool = False) -> None:
+        super().__init__(message)
+        self.for_good = for_good
+
+
+class HostLeavesError(EnvError):
+    """The host begins no episode any more."""
 
 
 class RemoteEnv:
     """One slot of an `EnvHost` actor as an awaited env."""
 
-    def __init__(self, host: Any, slot: int, *, can_preview: bool, timeout_s: float) -> None:
+    def __init__(
+        self, host: Any, slot: int, *, can_preview: bool, timeout_s: float, others: Sequence[Any] = ()
+    ) -> None:
+        """`others`: hosts that may take the slot when `host` stays away; no other env has that number on them."""
         self._host, self._slot, self._timeout_s = host, slot, timeout_s
+        self._hosts = list(others) or [host]
         self.can_preview = self.can_preview_more = can_preview
         self._open = False
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
         """Waits for a host that is being started again: until it is there calls fail at once, and so would episode
-        after episode."""
+        after episode. One that stays away, or will not have it, is left for another."""
         self._open = True
         deadline_s = time.monotonic() + self._timeout_s
+        leave_s = time.monotonic() + _HOST_GONE_S
         while True:
             try:
                 return await self._call(self._host.reset.remote(self._slot, task, seed), "reset")
-            except HostAwayError:
-                if time.monotonic() > deadline_s:
+            except HostAwayError as error:
+                alone = len(self._hosts) == 1
+                if time.monotonic() > deadline_s or (error.for_good and alone):
                     raise
+                if not alone and (time.monotonic() > leave_s or error.for_good):
+                    self._host = self._hosts[(self._hosts.index(self._host) + 1) % len(self._hosts)]
+                    leave_s = time.monotonic() + _HOST_GONE_S
                 await asyncio.sleep(_HOST_AWAY_S)
 
     async def step(self, action: str) -> StepResult:
@@ -273,9 +299,11 @@ class RemoteEnv:
         except ActorUnavailableError:
             raise HostAwayError(f"env host died during {what}, or was not back yet") from None
         except RayActorError as error:
-            raise EnvError(f"env host died during {what}: {type(error).__name__}") from None
+            raise HostAwayError(f"env host died during {what}: {type(error).__name__}", for_good=True) from None
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, HostLeavesError):
+                raise HostAwayError(str(cause), for_good=True) from None
             if isinstance(cause, EnvError):
                 raise EnvError(str(cause)) from None
             if isinstance(cause, TaskError):  # no attempt would end better

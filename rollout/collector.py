@@ -1,54 +1,63 @@
-"""Collection on Ray: which episodes are missing, and the actors that run them.
+"""Collection on Ray: which episodes are missing, and the workers that run them, which may come and go.
 
 `missing_requests` compares the tasks with the ledger, so that a collection that is run again does only what is missing.
-`RolloutActor` holds one policy and serves any number of collections. `Collection` is one of them, seen from the driver:
-start it, poll it, and it replaces a worker that dies and gives its leases back.
+`Collection` is one of them, seen from the driver: start it, poll it. A worker that dies gives back what it held, and
+begins again when Ray has started it anew; `add` brings in another one, `drain` lets one go. What hands out the episodes
+(`rollout.feed_actor`) is made again from the ledger when it is lost.
 
 Example::
 
     actors = start_rollout_actors(spec, count=1)
     requests, found = missing_requests(tasks, policy=spec.policy_name, settings=settings, ledger=Ledger(folder))
     collection = Collection(actors, hosts, requests, found=found, settings=settings, ledger=folder, queue=queue)
-    while not collection.poll():
+    while not collection.poll(timeout_s=0.5):
         print(collection.progress())
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
-import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from envs.base import Task
 from envs.local_envs import LocalEnvs
-from envs.pool import RemoteEnv
 from rollout.episode import EpisodeSettings
-from rollout.episode_metrics import EpisodeMetrics
-from rollout.ledger import Ledger, LedgerWriter
-from rollout.placement import Group, Reservation, RoleResources, actor_group, engine_groups, places, reserve
+from rollout.feed_actor import ANSWER_S, FeedActor, FeedEmptyError
+from rollout.ledger import Ledger
 from rollout.policy import PolicyError
-from rollout.policy_spec import PolicySpec
-from rollout.spend_meters import RemoteMeter
-from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary, TaskFeed, WorkerState
-from rollout.weight_loading import Loaded, WeightLoader, Weights
-from rollout.weight_sync import WorkerBusyError
-from rollout.worker import RolloutWorker
+from rollout.rollout_actor import (
+    EnvSlots,
+    RolloutActor,
+    policy_groups,
+    start_rollout_actors,
+    stop_rollout_actors,
+)
+from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary
+from rollout.weight_loading import Weights
+from rollout.worker import summary_of
+
+__all__ = [
+    "Collection", "CollectionError", "EnvSlots", "RolloutActor", "Weights", "missing_requests", "policy_groups",
+    "start_rollout_actors", "stop_rollout_actors",
+]  # fmt: skip
 
 BARREN_STARTS = 3
 """So many times in a row may a worker die without having recorded anything; more often it will not work at all."""
 RESTART_S = 300.0
-"""How long Ray may take to start a dead worker's process again."""
-FEED_S = 120.0
-"""How long the feed may take to answer; it does next to nothing."""
-_reserved: dict[Any, Reservation] = {}
-"""Rollout actor -> where its place is."""
+"""How long too few workers are waited for: Ray may take its time to start one again, a cluster to bring a node."""
+TELL_S = 30.0
+"""A worker that stays away for longer is told of."""
+BEAT_S = 1.0
+"""How often the feed is asked whether it is there."""
+FINAL_S = 10.0
+"""Workers that have not begun when all is recorded are waited for so long."""
+_AGAIN_S = 0.3
 
 
 class CollectionError(RuntimeError):
@@ -69,202 +78,31 @@ def missing_requests(
     return missing, len(requests) - len(missing)
 
 
-@dataclass(frozen=True, slots=True)
-class EnvSlots:
-    """The env slots of one worker: (host, slot) pairs."""
+@dataclass(slots=True)
+class _Worker:
+    """One worker of a collection: it runs, has ended (both None), or is away."""
 
-    hosts: tuple[Any, ...]
-    slots: tuple[tuple[int, int], ...]
-    can_preview: bool
-    timeout_s: float
-
-    async def connect(self) -> list[RemoteEnv]:
-        return [
-            RemoteEnv(self.hosts[host], slot, can_preview=self.can_preview, timeout_s=self.timeout_s)
-            for host, slot in self.slots
-        ]
-
-    async def close(self) -> None:
-        """The hosts stay: they are not this worker's."""
-
-
-class _RemoteFeed:
-    """The feed actor, awaited."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
-        return await asyncio.wait_for(self._handle.next.remote(worker, count), FEED_S)
-
-    async def done(self, worker: str, summaries: Sequence[EpisodeSummary]) -> None:
-        await asyncio.wait_for(self._handle.done.remote(worker, list(summaries)), FEED_S)
-
-    async def report(self, worker: str, state: WorkerState) -> None:
-        await asyncio.wait_for(self._handle.report.remote(worker, state), FEED_S)
-
-    async def stop(self, reason: str) -> None:
-        await asyncio.wait_for(self._handle.stop.remote(reason), FEED_S)
-
-
-class RolloutActor:
-    """Consumes episodes from a feed actor, produces ledger shards and queue entries; waits for engine, envs and queue.
-
-    Blocked by a full queue; unblocked by its reader, or killed with the job.
-    """
-
-    def __init__(self, spec: PolicySpec, meter: str = "", run: str = "") -> None:
-        self._spec, self._run = spec, run
-        self._meter = meter  # by name: an actor with a handle among its arguments cannot be started again
-        self._loader: WeightLoader | None = None
-        self._starting = asyncio.Lock()
-        self._pinned = 0
-        """Collections under way that act with weights of their own choice."""
-
-    async def start(self) -> str:
-        """Load the policy; returns its name."""
-        return (await self._started()).policy.name
-
-    async def load_weights(self, weights: Weights) -> Loaded:
-        """See `WeightLoader.load`; collections that run go on with them. Raises `WorkerBusyError` where one acts with
-        weights of its own choice."""
-        loader = await self._started()
-        if self._pinned:
-            raise WorkerBusyError(f"it acts with weights {loader.policy.weights_version!r} until its collection ends")
-        return await loader.load(weights)
-
-    async def _started(self) -> WeightLoader:
-        async with self._starting:
-            if self._loader is None:
-                policy = await asyncio.to_thread(self._build, None)
-                self._loader = WeightLoader(policy, self._build)
-            return self._loader
-
-    def _build(self, weights: Weights | None) -> Any:
-        meter = None
-        if self._meter:
-            import ray
-
-            meter = RemoteMeter(ray.get_actor(self._meter))
-        if weights is None:
-            return self._spec.build(meter)
-        name = self._spec.policy_name
-        policy: Any = dataclasses.replace(self._spec, model=weights.folder, name=name).build(meter)
-        policy.weights_version = weights.version
-        return policy
-
-    async def run(
-        self,
-        name: str,
-        env_slots: EnvSlots | LocalEnvs,
-        settings: EpisodeSettings,
-        feed: Any,
-        ledger: str,
-        queue: Any,
-        weights: Weights | None,
-        adaptive: bool,
-    ) -> int:
-        """One collection, start to end; returns how many episodes this worker recorded."""
-        loader = await self._started()
-        self._pinned += weights is not None
-        try:
-            if weights is not None:
-                await loader.load(weights)
-            worker = RolloutWorker(
-                name=name,
-                policy=loader.policy,
-                envs=await env_slots.connect(),
-                settings=settings,
-                feed=_RemoteFeed(feed),
-                ledger=LedgerWriter(ledger, writer=name),
-                sink=queue,
-                adaptive=adaptive,
-                observe=EpisodeMetrics(run=self._run, policy=loader.policy.name).observe,
-            )
-            return await worker.run()
-        finally:
-            self._pinned -= weights is not None
-            await env_slots.close()
-
-    async def stats(self) -> dict[str, float]:
-        policy = None if self._loader is None else self._loader.policy
-        stats: Callable[[], Mapping[str, float]] | None = getattr(policy, "stats", None)
-        return dict(stats()) if stats is not None else {}
-
-    async def forget_prefixes(self) -> None:
-        """See `VllmPolicy.forget_prefixes`; for engines of this worker alone."""
-        await (await self._started()).policy.forget_prefixes()
-
-    async def pid(self) -> int:
-        return os.getpid()
-
-    async def close(self) -> None:
-        if self._loader is not None:
-            await self._loader.policy.close()
-
-
-def start_rollout_actors(
-    spec: PolicySpec,
-    *,
-    count: int,
-    gpus_per_rank: float = 0.0,
-    resources: RoleResources | None = None,
-    reserved: Sequence[Reservation] | None = None,
-    env_vars: Mapping[str, str] | None = None,
-    meter: str = "",
-    run: str = "",
-) -> list[Any]:
-    """`count` x `spec.data_parallel_size` Ray actors, each with the policy of its own; loading begins with `start()` or
-    the first collection.
-
-    `gpus_per_rank`: GPUs of each of an engine's tensor x pipeline parallel ranks; `resources`: the same and more;
-    `reserved`: their places, of `policy_groups`, where they have some already. `meter`: name of a
-    `rollout.spend.SpendMeter` actor; `run`: what their metrics are labelled with. Raises `PlacementError` when the
-    cluster has no place for an engine.
-    """
-    import ray
-
-    count *= spec.data_parallel_size
-    if reserved is None:
-        resources = resources or RoleResources(num_gpus=gpus_per_rank)
-        reserved = reserve(policy_groups(spec, who=f"the policy {spec.policy_name}", count=count, resources=resources))
-    actors = []
-    for reservation, index in itertools.islice(places(reserved), count):
-        actor = ray.remote(RolloutActor).options(  # type: ignore[attr-defined]
-            max_concurrency=16,
-            max_restarts=-1,  # `Collection` counts them
-            runtime_env={"env_vars": {**spec.environment(), **(env_vars or {})}},
-            **reservation.options(index),
-        )
-        actors.append(actor.remote(spec, meter, run))
-        reservation.use()
-        _reserved[actors[-1]] = reservation
-    return actors
-
-
-def policy_groups(spec: PolicySpec, *, who: str, count: int, resources: RoleResources, key: str = "") -> list[Group]:
-    """What `count` actors with that policy are placed by. GPUs are for engines: others have none, whatever `resources`
-    say. `key`: of the policy in a configuration. Raises `ValueError`."""
-    if spec.kind == "vllm":
-        return engine_groups(
-            who=who,
-            engines=count,
-            tensor_parallel_size=spec.tensor_parallel_size,
-            pipeline_parallel_size=spec.pipeline_parallel_size,
-            resources=resources,
-            key=key,
-        )
-    return [actor_group(who=who, what="workers", count=count, resources=dataclasses.replace(resources, num_gpus=None))]
-
-
-def stop_rollout_actors(actors: Sequence[Any]) -> None:
-    """End them and give back what was reserved for them."""
-    import ray
-
-    for actor in actors:
-        ray.kill(actor)
-        if (reservation := _reserved.pop(actor, None)) is not None:
-            reservation.leave()
+    number: int
+    actor: Any
+    envs: EnvSlots | LocalEnvs
+    leave: Callable[[], None] | None = None
+    """What else ends with it. None: one that was there from the start, and that the caller ends."""
+    name: str = ""
+    """Of its present run."""
+    run: Any = None
+    """The call that runs it."""
+    back: Any = None
+    """A call that it answers once it is there again."""
+    away_s: float | None = None
+    """Since when it has been away."""
+    ask_again_s: float = 0.0
+    told: bool = False
+    barren: int = 0
+    proven: bool = False
+    """It has recorded something."""
+    drained_by_s: float | None = None
+    returns: bool = False
+    """What it was drained for ends with its node: it comes back on another one."""
 
 
 class Collection:
@@ -272,7 +110,8 @@ class Collection:
 
     `hosts`: env host actors that all workers share (`envs.pool`), or envs that each worker has in its own process.
     `concurrency`: episodes at a time of each worker, at most; `adaptive` lets an engine that is full have fewer.
-    `feed_options`: of the Ray actor that hands out the episodes.
+    `feed_options`: of the Ray actor that hands out the episodes. `least`: with fewer workers it waits for `RESTART_S`,
+    then ends. `say` is told who comes and goes.
     """
 
     def __init__(
@@ -291,64 +130,110 @@ class Collection:
         can_preview: bool = True,
         env_timeout_s: float = 60.0,
         feed_options: Mapping[str, Any] | None = None,
+        least: int = 1,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         import ray
 
-        self._actors, self._settings = list(actors), settings
+        self._requests, self._found, self._settings = list(requests), found, settings
         self._hosts = hosts if isinstance(hosts, LocalEnvs) else tuple(hosts)
         self._ledger, self._queue, self._weights, self._adaptive = ledger, queue, weights, adaptive
-        self._barren = [0] * len(self._actors)
-        self._proven: set[int] = set()
-        """Workers that have recorded something before they died."""
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
-        feed = ray.remote(TaskFeed).options(**(feed_options or {"num_cpus": 0}))
-        self._feed: Any = feed.remote(list(requests), found=found)
-        self._running: dict[Any, tuple[int, str]] = {}
-        self._returning: dict[Any, tuple[int, float]] = {}
-        """A call to come back -> the dead worker that it is made to, and until when."""
-        for i in range(len(self._actors)):
-            self._start(i)
+        self._least, self.say = least, say
+        self._began_unix_s = time.time()
+        self._stopped = ""
+        self.awaits_more = False
+        """Somebody adds workers in place of those that are gone for good (`launch.fleet`)."""
+        feed = ray.remote(FeedActor).options(**{"num_cpus": 0, **(feed_options or {}), "max_restarts": -1})
+        self._feed: Any = feed.remote()
+        self._feed.load.remote(self._requests, found)
+        self._beat: Any = None
+        self._beat_at_s = 0.0
+        self._seen: CollectProgress = CollectProgress(
+            total=found + len(self._requests), found=found, waiting=len(self._requests)
+        )
+        self._workers: list[_Worker] = []
+        self._numbers, self._slots = itertools.count(), itertools.count()
+        self._short_s: float | None = None
+        """Since when there are fewer than `least`."""
+        self._all_recorded_s: float | None = None
+        for actor in actors:
+            self._enter(actor, None, None)
+
+    # -- who works
+
+    @property
+    def actors(self) -> list[Any]:
+        """Those that work here, or will again: not what is drained or gone for good."""
+        return [each.actor for each in self._workers if each.drained_by_s is None or each.returns]
+
+    def add(self, actor: Any, hosts: Sequence[Any] = (), leave: Callable[[], None] = lambda: None) -> int:
+        """One more, which is given work at once; returns its number. `hosts`: env hosts of its own. When it leaves, the
+        actor is ended, its reservation is given back, and `leave` called."""
+        return self._enter(actor, hosts or None, leave)
+
+    def drain(self, actor: Any, seconds: float, *, returns: bool = False) -> int:
+        """It begins nothing more, what it has not begun goes to others at once, what runs has `seconds` to end and be
+        recorded; the rest is begun again by others. Then it leaves; with `returns` Ray starts it again elsewhere, and
+        it goes on there. Returns how many episodes it has under way or not begun."""
+        worker = next(each for each in self._workers if each.actor == actor)
+        held = self._seen.leased.get(worker.name, 0)
+        worker.drained_by_s, worker.returns = time.monotonic() + seconds, returns
+        if worker.run is None and worker.away_s is None:
+            self._drained(worker)
+        elif worker.run is not None:
+            to_record_s = min(5.0, seconds / 4)
+            worker.actor.drain.remote(worker.name, seconds - to_record_s)
+        return held
+
+    def leaves(self, actor: Any) -> bool:
+        """Whether it is being drained, or away."""
+        return all(each.actor != actor for each in self._present())
+
+    def drop(self, actor: Any) -> None:
+        """It is gone with its node, and does not come back: what it held goes to others."""
+        worker = next(each for each in self._workers if each.actor == actor)
+        back = self._released(worker)[1] if worker.run is not None else 0
+        worker.run = worker.back = None
+        self._remove(worker, f"is gone{', ' + _episodes(back) + ' given to others' if back else ''}")
+
+    # -- its life
 
     def poll(self, timeout_s: float = 0.0) -> bool:
         """True when every episode is recorded, or the feed was stopped (`progress().stopped` says why).
 
-        Replaces dead workers and those whose engine died. Raises `CollectionError` when one dies again and again, or
-        fails in a way that would only repeat.
+        Raises `CollectionError` when too few workers are left for too long, one fails in a way that would only repeat,
+        or the one that there is dies again and again.
         """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
 
-        waiting = [*self._running, *self._returning]
-        done, _ = ray.wait(waiting, timeout=timeout_s) if waiting else ([], [])
-        for reference in done:
-            if reference in self._returning:
-                self._restart(reference)
-                continue
-            index, name = self._running.pop(reference)
-            try:
-                ray.get(reference)
-            except RayActorError as error:
-                self._replace(index, name, error)
-            except RayTaskError as error:
-                if not self._may_work_again(index, error.cause):
-                    raise CollectionError(f"rollout worker {index}: {_words(error.cause)}") from error
-                ray.kill(self._actors[index], no_restart=False)  # what an engine leaves behind ends with its process
-                self._replace(index, name, error.cause)
-        for index, deadline_s in self._returning.values():
-            if time.monotonic() > deadline_s:
-                raise CollectionError(f"rollout worker {index} died and did not come back within {RESTART_S:g} s")
-        return not self._running and not self._returning
+        self._call_back()
+        waiting = [call for each in self._workers for call in (each.run, each.back) if call is not None]
+        waiting += [self._beat] if self._beat is not None else []
+        if waiting:
+            ready = set(ray.wait(waiting, num_returns=1, timeout=timeout_s)[0])
+        else:
+            ready = set()
+            time.sleep(min(timeout_s, _AGAIN_S))
+        for worker in list(self._workers):
+            if worker.run in ready:
+                self._ended(worker)
+            elif worker.back in ready:
+                self._came_back(worker)
+        self._listen(answered=self._beat in ready)
+        self._end_late_drains()
+        self._check_number()
+        return self._over()
 
-    def progress(self, timeout_s: float = FEED_S) -> CollectProgress:
-        import ray
-
-        return ray.get(self._feed.progress.remote(), timeout=timeout_s)
+    def progress(self, timeout_s: float = ANSWER_S) -> CollectProgress:
+        """Waits for a feed that is started again. Raises `CollectionError` when it stays away, `TimeoutError`."""
+        self._seen = self._ask("progress", timeout_s=timeout_s)
+        return self._seen
 
     def stop(self, reason: str) -> None:
         """Start nothing more. What is under way comes to its end, and `poll` then says so."""
-        import ray
-
-        ray.get(self._feed.stop.remote(reason), timeout=FEED_S)
+        self._stopped = self._stopped or reason
+        self._ask("stop", reason)
 
     def close(self) -> None:
         """Frees the feed; the actors stay for the next collection."""
@@ -356,61 +241,261 @@ class Collection:
 
         ray.kill(self._feed)
 
-    def _start(self, index: int) -> None:
-        name = f"w{index}-{uuid.uuid4().hex[:8]}"
-        reference = self._actors[index].run.remote(
-            name, self._env_slots(index), self._settings, self._feed, str(self._ledger), self._queue, self._weights,
+    # -- workers
+
+    def _enter(self, actor: Any, hosts: Sequence[Any] | None, leave: Callable[[], None] | None) -> int:
+        worker = _Worker(next(self._numbers), actor, self._env_slots(hosts), leave)
+        self._workers.append(worker)
+        self._start(worker)
+        return worker.number
+
+    def _start(self, worker: _Worker) -> None:
+        worker.name = f"w{worker.number}-{uuid.uuid4().hex[:8]}"
+        worker.back = worker.away_s = worker.drained_by_s = None
+        worker.told = worker.returns = False
+        worker.run = worker.actor.run.remote(
+            worker.name, worker.envs, self._settings, self._feed, str(self._ledger), self._queue, self._weights,
             self._adaptive,
         )  # fmt: skip
-        self._running[reference] = (index, name)
 
-    def _env_slots(self, index: int) -> EnvSlots | LocalEnvs:
-        per_worker = self._concurrency
+    def _env_slots(self, hosts: Sequence[Any] | None) -> EnvSlots | LocalEnvs:
         if isinstance(self._hosts, LocalEnvs):
-            return dataclasses.replace(self._hosts, count=per_worker)
-        numbers = range(index * per_worker, (index + 1) * per_worker)
-        slots = tuple((number % len(self._hosts), number) for number in numbers)
-        return EnvSlots(self._hosts, slots, self._can_preview, self._env_timeout_s)
+            return dataclasses.replace(self._hosts, count=self._concurrency)
+        among = tuple(hosts) if hosts is not None else self._hosts
+        slots = tuple((n % len(among), n) for n in itertools.islice(self._slots, self._concurrency))
+        return EnvSlots(among, slots, self._can_preview, self._env_timeout_s)
 
-    def _may_work_again(self, index: int, error: BaseException) -> bool:
+    def _ended(self, worker: _Worker) -> None:
+        """Its run has."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        call, worker.run = worker.run, None
+        try:
+            ray.get(call)
+        except RayActorError as error:
+            self._died(worker, error)
+        except RayTaskError as error:
+            if not self._may_work_again(worker, error.cause):
+                if worker.leave is None or not self._others(worker):
+                    raise CollectionError(f"rollout worker {worker.number}: {_words(error.cause)}") from error
+                self._released(worker)
+                self._remove(worker, f"cannot work: {_words(error.cause)}")
+                return
+            ray.kill(worker.actor, no_restart=False)  # what an engine leaves behind ends with its process
+            self._died(worker, error.cause)
+        else:
+            self._ask("release", worker.name)
+            if worker.drained_by_s is not None:
+                self._drained(worker)
+
+    def _may_work_again(self, worker: _Worker, error: BaseException) -> bool:
         """Its engine died; or could not be loaded again, though it had worked before: then it is not its settings."""
-        return isinstance(error, PolicyError) and (error.ends_collection or index in self._proven)
+        return isinstance(error, PolicyError) and (error.ends_collection or worker.proven)
 
-    def _replace(self, index: int, name: str, error: Exception) -> None:
+    def _released(self, worker: _Worker) -> tuple[int, int]:
+        """(episodes that it recorded, episodes that went back); what it had recorded but not reported is not run
+        again."""
+        return self._ask("release", worker.name, list(Ledger(self._ledger).keys()))
+
+    def _died(self, worker: _Worker, error: Exception) -> None:
+        recorded, back = self._released(worker)
+        worker.proven = worker.proven or bool(recorded)
+        worker.barren = 0 if recorded else worker.barren + 1
+        if worker.barren > BARREN_STARTS:
+            why = f"died {worker.barren} times in a row without recording anything; the last time: {_words(error)}"
+            if not self._others(worker):
+                raise CollectionError(f"rollout worker {worker.number} {why}") from error
+            self._remove(worker, why)
+            return
+        given = f": {_episodes(back)} given to others" if back else ""
+        self.say(f"rollout worker {worker.number} died{given}")
+        if worker.drained_by_s is not None:
+            self._drained(worker)
+        else:
+            self._away(worker)
+
+    def _drained(self, worker: _Worker) -> None:
         import ray
 
-        # What the dead worker had recorded but not reported must not be run again.
-        keys = list(Ledger(self._ledger).keys())
-        recorded = ray.get(self._feed.release.remote(name, keys), timeout=FEED_S)
-        if recorded:
-            self._proven.add(index)
-        self._barren[index] = 0 if recorded else self._barren[index] + 1
-        if self._barren[index] > BARREN_STARTS:
-            raise CollectionError(
-                f"rollout worker {index} died {self._barren[index]} times in a row without recording anything; "
-                f"the last time: {_words(error)}"
-            ) from error
-        self._call_back(index, time.monotonic() + RESTART_S)
+        if worker.returns:
+            ray.kill(worker.actor, no_restart=False)
+            self._away(worker)
+        else:
+            self._remove(worker, "is drained")
 
-    def _call_back(self, index: int, deadline_s: float) -> None:
-        self._returning[self._actors[index].pid.remote()] = (index, deadline_s)
+    def _away(self, worker: _Worker) -> None:
+        worker.away_s = worker.away_s or time.monotonic()
+        worker.drained_by_s, worker.ask_again_s = None, time.monotonic()
 
-    def _restart(self, call: Any) -> None:
+    def _remove(self, worker: _Worker, why: str) -> None:
+        """For good."""
+        self._workers.remove(worker)
+        stop_rollout_actors([worker.actor])
+        if worker.leave is not None:
+            worker.leave()
+        self.say(f"rollout worker {worker.number} {why}: {len(self._workers)} left")
+
+    def _call_back(self) -> None:
+        for worker in self._workers:
+            if worker.away_s is not None and worker.back is None and time.monotonic() >= worker.ask_again_s:
+                worker.back = worker.actor.pid.remote()
+
+    def _came_back(self, worker: _Worker) -> None:
         import ray
         from ray.exceptions import ActorUnavailableError, RayError
 
-        index, deadline_s = self._returning.pop(call)
+        call, worker.back = worker.back, None
         try:
             ray.get(call)
-        except ActorUnavailableError:  # its process is not there yet
-            time.sleep(0.1)
-            self._call_back(index, deadline_s)
         except RayError as error:
-            raise CollectionError(f"rollout worker {index} cannot be started again: {_words(error)}") from error
+            # Its process is not there yet, or the call still met the one that was ended.
+            if isinstance(error, ActorUnavailableError) or not _is_dead(worker.actor):
+                worker.ask_again_s = time.monotonic() + _AGAIN_S
+                return
+            if not self._others(worker) and not self.awaits_more:
+                raise CollectionError(
+                    f"rollout worker {worker.number} cannot be started again: {_words(error)}"
+                ) from error
+            self._remove(worker, "cannot be started again")
         else:
-            self._start(index)
+            if worker.told:
+                self.say(f"rollout worker {worker.number} is back")
+            self._start(worker)
+
+    def _others(self, worker: _Worker) -> bool:
+        """Whether enough work without it."""
+        return len([each for each in self._present() if each is not worker]) >= self._least
+
+    def _present(self) -> list[_Worker]:
+        return [each for each in self._workers if each.away_s is None and each.drained_by_s is None]
+
+    def _end_late_drains(self) -> None:
+        import ray
+
+        for worker in self._workers:
+            late = worker.drained_by_s is not None and time.monotonic() > worker.drained_by_s + _AGAIN_S
+            if late and worker.run is not None:  # the call fails, and it is taken for dead
+                ray.kill(worker.actor, no_restart=not worker.returns)
+                worker.drained_by_s = float("inf")
+
+    def _check_number(self) -> None:
+        """Raises `CollectionError` when there have been too few for too long."""
+        now_s = time.monotonic()
+        away = [each for each in self._workers if each.away_s is not None]
+        present = len(self._present())
+        if present >= self._least or self._nothing_left():
+            self._short_s = None
+            for each in away:
+                if not each.told and now_s - (each.away_s or now_s) > TELL_S:
+                    each.told = True
+                    self.say(f"rollout worker {each.number} stays away: {present} go on without it")
+            return
+        if self._short_s is None:
+            self._short_s = now_s
+            if away and self._least > 1 or not away:
+                self.say(f"{present} of at least {self._least} rollout workers are left: {RESTART_S:g} s to come back")
+        if now_s - self._short_s > RESTART_S:
+            who = ", ".join(str(each.number) for each in away)
+            if present == 0 and len(away) == 1:
+                raise CollectionError(f"rollout worker {who} died and did not come back within {RESTART_S:g} s")
+            raise CollectionError(
+                f"{present} rollout workers are left, at least {self._least} are wanted (rollout.min_workers), and "
+                f"none came within {RESTART_S:g} s" + (f"; away: {who}" if who else "")
+            )
+
+    def _over(self) -> bool:
+        running = [each for each in self._workers if each.run is not None]
+        if running:
+            return self._only_latecomers(running)
+        seen = self.progress()
+        if seen.stopped or self._nothing_left():
+            return True
+        for worker in self._present():  # something came back when they had ended
+            self._start(worker)
+        return False
+
+    def _only_latecomers(self, running: Sequence[_Worker]) -> bool:
+        """Whether all is recorded, and those that run have not even begun: their process or engine is not there."""
+        if not self._nothing_left() or any(each.name in self._seen.workers for each in running):
+            self._all_recorded_s = None
+            return False
+        self._all_recorded_s = self._all_recorded_s or time.monotonic()
+        return time.monotonic() - self._all_recorded_s > FINAL_S
+
+    def _nothing_left(self) -> bool:
+        return self._seen.waiting == 0 and self._seen.running == 0
+
+    # -- the feed
+
+    def _listen(self, *, answered: bool) -> None:
+        """Once in a while: what the feed knows; and it is loaded anew when it was started again."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        if answered:
+            call, self._beat = self._beat, None
+            try:
+                seen: Any = ray.get(call)
+                self._seen = seen
+            except FeedEmptyError:
+                self._reload()
+            except RayActorError:
+                pass  # it is being started
+        if self._beat is None and time.monotonic() - self._beat_at_s > BEAT_S:
+            self._beat, self._beat_at_s = self._feed.progress.remote(), time.monotonic()
+
+    def _ask(self, method: str, *arguments: Any, timeout_s: float = ANSWER_S) -> Any:
+        import ray
+        from ray.exceptions import RayActorError
+
+        deadline_s = time.monotonic() + max(timeout_s, ANSWER_S)
+        while True:
+            try:
+                return ray.get(getattr(self._feed, method).remote(*arguments), timeout=timeout_s)
+            except FeedEmptyError:
+                self._reload()
+            except RayActorError as error:
+                if time.monotonic() > deadline_s:
+                    raise CollectionError(f"what hands out the episodes is gone: {_words(error)}") from error
+                time.sleep(_AGAIN_S)
+
+    def _reload(self) -> None:
+        """A new feed: what is recorded is in the ledger, what is under way its workers tell it."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        recorded = {each.key: each for each in self._recorded()}
+        rest = [request for request in self._requests if request.key not in recorded]
+        names = [each.name for each in self._workers if each.run is not None]
+        try:
+            loading = self._feed.load.remote(rest, self._found, list(recorded.values()), names, self._stopped)
+            ray.get(loading, timeout=ANSWER_S)
+        except RayActorError:
+            return  # dead again; it is seen again
+        self.say(f"what hands out the episodes was started again: {len(recorded):,} are recorded, {len(rest):,} left")
+
+    def _recorded(self) -> Iterable[EpisodeSummary]:
+        ledger, keys = Ledger(self._ledger), {request.key for request in self._requests}
+        for each in ledger.failures():
+            if each.key in keys and each.started_at_s >= self._began_unix_s:  # earlier ones are tried again
+                yield summary_of(each)
+        for each in ledger.trajectories():
+            if each.key in keys:
+                yield summary_of(each)
+
+
+def _is_dead(actor: Any) -> bool:
+    """For good, as far as Ray tells."""
+    from ray._private.state import actors  # public under `ray.state` until 2.5
+
+    return actors(actor._actor_id.hex()).get("State", "DEAD") == "DEAD"
 
 
 def _words(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+def _episodes(count: int) -> str:
+    return f"{count} episode{'s' if count != 1 else ''}"

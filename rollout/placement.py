@@ -40,7 +40,7 @@ from rollout.placement_fit import (
     nodes_in_words,
 )
 
-__all__ = ["Group", "Node", "PlacementError", "Reservation", "RoleResources", "engine_groups", "reserve"]
+__all__ = ["Group", "Node", "PlacementError", "Reservation", "RoleResources", "Wish", "engine_groups", "reserve"]
 
 PLACE_S = 45.0
 """How long a reservation is waited for."""
@@ -247,6 +247,44 @@ def reserve(
     handles = _take(asking, timeout_s, say, grows) if asking else []
     by_group = dict(zip(map(id, asking), handles, strict=True))
     return [Reservation(group, by_group.get(id(group))) for group in groups]
+
+
+class Wish:
+    """Groups that are asked for and not waited for: an autoscaler sees them, and they are ready when there is room."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = list(groups)
+        self._handles: list[Any] = [_placement_group(group) if group.asks else None for group in groups]
+        self._waiting = {handle.ready(): i for i, handle in enumerate(self._handles) if handle is not None}
+        self._since_s = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._since_s
+
+    def take(self) -> list[Reservation] | None:
+        """A reservation for each group; None while some have no place. Raises `PlacementError` where ranks that share
+        layers find no node together."""
+        import ray
+
+        if self._waiting:
+            ready, _ = ray.wait(list(self._waiting), num_returns=len(self._waiting), timeout=0)
+            for reference in ready:
+                i = self._waiting.pop(reference)
+                if _torn(self._groups[i], self._handles[i]):
+                    self._handles[i] = _pinned(self._groups[i], self._handles[i])
+                    self._waiting[self._handles[i].ready()] = i
+        if self._waiting:
+            return None
+        found = [Reservation(group, handle) for group, handle in zip(self._groups, self._handles, strict=True)]
+        self._handles = []
+        return found
+
+    def cancel(self) -> None:
+        """Ask no longer; does nothing to what was taken."""
+        for group, handle in zip(self._groups, self._handles, strict=False):
+            Reservation(group, handle).release()
+        self._handles, self._waiting = [], {}
 
 
 def _take(groups: Sequence[Group], timeout_s: float, say: Callable[[str], None], grows: bool) -> list[Any]:

@@ -3,7 +3,10 @@
 Workers pull, so nobody waits for a straggler. What a worker holds is a lease: it ends when the worker reports the
 episode as recorded, and goes back to the front of the line when the worker dies or gives it back. When nothing works
 any more (a budget is used up, an engine fails for everybody) the feed is stopped: what was not started stays for a
-later run. A plain class; `rollout.collector` makes it an actor.
+later run.
+
+A feed that is made again, since the first one was lost, waits until the workers that live have told what they hold
+(`join`), so that nobody begins what another has under way. A plain class; `rollout.feed_actor` makes it an actor.
 
 Example::
 
@@ -82,6 +85,10 @@ class CollectProgress:
     last_failure: str = ""
     running: int = 0
     """Leased to workers."""
+    waiting: int = 0
+    """Leased to nobody, and not recorded."""
+    leased: dict[str, int] = field(default_factory=dict)
+    """Worker -> how many."""
     steps: int = 0
     completion_tokens: int = 0
     prompt_tokens: int = 0
@@ -101,15 +108,35 @@ class CollectProgress:
 
 ENGINE_FAILURES_IN_A_ROW = 40
 """So many episodes, one after another, without an answer of the engine: it is down, and asking on helps nobody."""
+JOIN_S = 20.0
+"""So long a feed that was made again waits for the workers of the first one."""
+
+
+class NotJoinedError(RuntimeError):
+    """The feed was made again, and does not know what this worker holds: it has to `join` first."""
 
 
 class TaskFeed:
-    """`requests` in the order in which they should be started."""
+    """`requests` in the order in which they should be started.
 
-    def __init__(self, requests: Iterable[EpisodeRequest], *, found: int = 0) -> None:
+    One that is made again: `recorded` by the workers of the first, `awaited` are those of them that may still live.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[EpisodeRequest],
+        *,
+        found: int = 0,
+        recorded: Iterable[EpisodeSummary] = (),
+        awaited: Iterable[str] = (),
+        join_s: float = JOIN_S,
+    ) -> None:
         self._waiting = deque(requests)
         self._leases: dict[str, dict[str, EpisodeRequest]] = {}
         self._seen: set[str] = set()
+        self._released: set[str] = set()
+        self._absent = set(awaited)
+        self._join_by_s = time.monotonic() + join_s
         self._progress = CollectProgress(total=found + len(self._waiting), found=found)
         self._kinds: Counter[str] = Counter()
         self._kind_successes: Counter[str] = Counter()
@@ -117,15 +144,22 @@ class TaskFeed:
         self._recorded_by: Counter[str] = Counter()
         self._engine_failures = 0
         self._started = time.monotonic()
+        earlier = list(recorded)
+        self._progress.total += len(earlier)
+        self.done("", earlier)
+        self._engine_failures, self._progress.stopped = 0, ""
 
     def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
         """Up to `count` requests, now leased to `worker`; None when there is nothing left for anybody to start or
         finish, or the feed was stopped.
 
-        An empty list means: nothing now, but another worker may still give something back.
+        An empty list means: nothing now, but another worker may still give something back. Raises `NotJoinedError`.
         """
-        if self._progress.stopped:
+        self._check_joined(worker)
+        if self._progress.stopped or worker in self._released:
             return None
+        if self._absent and time.monotonic() < self._join_by_s:
+            return []
         leases = self._leases.setdefault(worker, {})
         given = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
         leases.update((request.key, request) for request in given)
@@ -134,7 +168,8 @@ class TaskFeed:
         return None
 
     def done(self, worker: str, summaries: Sequence[EpisodeSummary]) -> None:
-        """`worker` has recorded these; a repeated report counts once."""
+        """`worker` has recorded these; a repeated report counts once. Raises `NotJoinedError`."""
+        self._check_joined(worker)
         progress = self._progress
         for summary in summaries:
             self._leases.get(worker, {}).pop(summary.key, None)
@@ -158,8 +193,36 @@ class TaskFeed:
             self._watch_engine(summary)
 
     def report(self, worker: str, state: WorkerState) -> None:
-        """What `worker` says of itself."""
-        self._progress.workers[worker] = state
+        """What `worker` says of itself. Raises `NotJoinedError`."""
+        self._check_joined(worker)
+        if worker not in self._released:
+            self._progress.workers[worker] = state
+
+    def join(self, worker: str, keys: Iterable[str]) -> list[str]:
+        """`worker` holds exactly these, and takes them along. Returns those that it may not have: others have them, or
+        have recorded them."""
+        wanted = set(keys)
+        self._absent.discard(worker)
+        if worker in self._released:
+            return sorted(wanted)
+        held = self._leases.pop(worker, {})
+        self._waiting.extendleft(reversed([each for key, each in held.items() if key not in wanted]))
+        mine = {key: each for key, each in held.items() if key in wanted}
+        if wanted - mine.keys():
+            mine |= {each.key: each for each in self._waiting if each.key in wanted}
+            self._waiting = deque(each for each in self._waiting if each.key not in mine)
+        self._leases[worker] = mine
+        return sorted(wanted - mine.keys())
+
+    def give_back(self, worker: str, keys: Iterable[str]) -> None:
+        """`worker` will not run these: they go to the front of the line. Raises `NotJoinedError`."""
+        self._check_joined(worker)
+        held = self._leases.get(worker, {})
+        self._waiting.extendleft(reversed([held.pop(key) for key in keys if key in held]))
+
+    def held(self, worker: str) -> int:
+        """How many episodes are leased to it."""
+        return len(self._leases.get(worker, {}))
 
     def stop(self, reason: str) -> None:
         """Hand out nothing more; the first reason is kept."""
@@ -169,6 +232,8 @@ class TaskFeed:
         """`worker` is dead or gives up: what it held and had not recorded goes back to the front. Returns how many
         episodes it had recorded."""
         recorded = set(recorded_keys)
+        self._released.add(worker)
+        self._absent.discard(worker)
         held = self._leases.pop(worker, {})
         self._progress.workers.pop(worker, None)
         for key in held.keys() & recorded - self._seen:  # it died between recording and reporting
@@ -180,11 +245,16 @@ class TaskFeed:
 
     def progress(self) -> CollectProgress:
         progress = self._progress
-        progress.running = sum(len(held) for held in self._leases.values())
+        progress.leased = {worker: len(held) for worker, held in self._leases.items() if held}
+        progress.running, progress.waiting = sum(progress.leased.values()), len(self._waiting)
         progress.elapsed_s = time.monotonic() - self._started
         progress.failures = dict(self._failures)
         progress.by_kind = {kind: (count, self._kind_successes[kind]) for kind, count in sorted(self._kinds.items())}
         return progress
+
+    def _check_joined(self, worker: str) -> None:
+        if worker in self._absent:
+            raise NotJoinedError(f"{worker} has to tell what it holds")
 
     def _watch_engine(self, summary: EpisodeSummary) -> None:
         failed = summary.failure_class is FailureClass.ENGINE

@@ -8,7 +8,7 @@ whoever empties the queue or the disk, or the queue's end.
 
 How many episodes run at a time follows the engine's KV cache (`rollout.concurrency`), up to one an env. A budget that
 is used up stops the feed, and what is under way ends by itself; an engine that died ends the worker, which gives its
-leases back.
+leases back. A worker that is drained begins nothing more, and gives back what it cannot end in time.
 
 A plain class; `rollout.collector` makes it a Ray actor.
 """
@@ -57,6 +57,8 @@ class Feed(Protocol):
 
     def stop(self, reason: str) -> Awaitable[None]: ...
 
+    def give_back(self, worker: str, keys: Sequence[str]) -> Awaitable[None]: ...
+
 
 class Sink(Protocol):
     """Where results go; `rollout.trajectory_queue.TrajectoryQueue` is the real one."""
@@ -68,7 +70,8 @@ class RolloutWorker:
     """Runs one collection with at most `len(envs)` episodes at a time.
 
     `adaptive`: fewer when the policy's engine is full (one that cannot be asked, such as an API, gets them all).
-    `observe`: is shown each trajectory once it is recorded (`rollout.episode_metrics`).
+    `observe`: is shown each trajectory once it is recorded (`rollout.episode_metrics`). `still_ours`: which of some
+    trajectories this worker may record (`rollout.feed_actor`); None: all.
     """
 
     def __init__(
@@ -84,15 +87,19 @@ class RolloutWorker:
         adaptive: bool = True,
         ledger_patience_s: float = LEDGER_PATIENCE_S,
         observe: Callable[[Trajectory], None] = lambda trajectory: None,
+        still_ours: Callable[[Sequence[Trajectory]], Awaitable[list[Trajectory]]] | None = None,
     ) -> None:
         self._name, self._policy, self._envs, self._settings = name, policy, envs, settings
         self._feed, self._ledger, self._sink = feed, ledger, sink
-        self._ledger_patience_s, self._observe = ledger_patience_s, observe
+        self._ledger_patience_s, self._observe, self._still_ours = ledger_patience_s, observe, still_ours
         self._requests: deque[EpisodeRequest] = deque()
         self._refill = asyncio.Lock()
         self._ended = False
         self._error: PolicyError | None = None
         self._note = ""
+        self._acting: dict[asyncio.Task[None], str] = {}
+        """Slot -> key of the episode that it has under way."""
+        self._draining: asyncio.Task[None] | None = None
         self._finished: asyncio.Queue[Trajectory | None] = asyncio.Queue(maxsize=FLUSH_COUNT)
         """Finished episodes; None is the end."""
         self._pressure: Callable[[], Pressure] | None = getattr(policy, "pressure", None) if adaptive else None
@@ -101,7 +108,7 @@ class RolloutWorker:
         self._gate = Gate(most if self._pressure is None else self._concurrency.limit)
 
     async def run(self) -> int:
-        """Until the feed has nothing left; returns how many episodes were recorded.
+        """Until the feed has nothing left, or the worker is drained; returns how many episodes were recorded.
 
         Raises what the ledger raises, and `PolicyError` when the policy's engine died; what had finished is recorded
         first.
@@ -109,12 +116,13 @@ class RolloutWorker:
         recorder = asyncio.create_task(self._record())
         watcher = asyncio.create_task(self._watch())
         slots = [asyncio.create_task(self._slot(env)) for env in self._envs]
-        everything = asyncio.gather(*slots)
+        everything = asyncio.create_task(_all(slots))
         try:
             await asyncio.wait([everything, recorder], return_when=asyncio.FIRST_COMPLETED)
             if recorder.done():  # only by an error: without a ledger nothing may go on
                 recorder.result()
             await everything
+            await self._give_back()
             await self._finished.put(None)
             recorded = await recorder
             await self._feed.report(self._name, self._state(self._pressure() if self._pressure is not None else None))
@@ -122,8 +130,33 @@ class RolloutWorker:
                 raise self._error
             return recorded
         finally:
-            for task in (*slots, recorder, watcher):
-                task.cancel()
+            for task in (everything, *slots, recorder, watcher, self._draining):
+                if task is not None:
+                    task.cancel()
+
+    async def drain(self, seconds: float) -> None:
+        """Begin nothing more: what has not begun goes back at once, what runs has `seconds` to end and goes back then.
+        `run` returns when what has ended is recorded. May be called again, with less time."""
+        self._ended = True
+        self._note = "draining"
+        if self._draining is not None:
+            self._draining.cancel()
+        self._draining = asyncio.create_task(self._give_up(seconds))
+        await self._give_back()
+
+    async def _give_up(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        given_up = list(self._acting.values())
+        for slot in self._acting:
+            slot.cancel()
+        if given_up:
+            await self._feed.give_back(self._name, given_up)
+
+    async def _give_back(self) -> None:
+        keys = [request.key for request in self._requests]
+        self._requests.clear()
+        if keys:
+            await self._feed.give_back(self._name, keys)
 
     async def _slot(self, env: AsyncEnv) -> None:
         while True:
@@ -132,7 +165,7 @@ class RolloutWorker:
                 request = await self._next()
                 if request is None:
                     return
-                trajectory = await self._episode(request, env)
+                trajectory = await self._act(request, env)
             except PolicyError as error:
                 # The budget is used up, or the engine is gone. What others have finished is still recorded, and what
                 # they have begun may come to its end, if it can.
@@ -145,6 +178,15 @@ class RolloutWorker:
             finally:
                 await self._gate.leave()
             await self._finished.put(trajectory)
+
+    async def _act(self, request: EpisodeRequest, env: AsyncEnv) -> Trajectory:
+        slot = asyncio.current_task()
+        assert slot is not None
+        self._acting[slot] = request.key
+        try:
+            return await self._episode(request, env)
+        finally:
+            del self._acting[slot]
 
     async def _episode(self, request: EpisodeRequest, env: AsyncEnv) -> Trajectory:
         for attempt in range(ATTEMPTS):
@@ -197,13 +239,15 @@ class RolloutWorker:
         recorded, ended = 0, False
         while not ended:
             batch, ended = await self._batch()
+            if self._still_ours is not None and batch:
+                batch = await self._still_ours(batch)
             if not batch:
                 continue
             await self._append(batch)
             recorded += len(batch)
             for trajectory in batch:
                 self._observe(trajectory)
-            await self._feed.done(self._name, [_summary(trajectory) for trajectory in batch])
+            await self._feed.done(self._name, [summary_of(trajectory) for trajectory in batch])
             results = [trajectory for trajectory in batch if trajectory.failure is None]
             if results and self._sink is not None:
                 await self._sink.aput(results)  # the learner refuses, and counts, what it must not learn from
@@ -243,6 +287,16 @@ class RolloutWorker:
         return batch, False
 
 
+async def _all(slots: Sequence[asyncio.Task[None]]) -> None:
+    """Until they have ended, or one has failed, which is raised; one that gave its episode up has ended."""
+    waiting = set(slots)
+    while waiting:
+        ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        for slot in ended:
+            if not slot.cancelled():
+                slot.result()
+
+
 def flush_s(duration_s: float) -> float:
     """How long an episode that took `duration_s` waits for others to be recorded with it."""
     return min(FLUSH_MOST_S, max(FLUSH_S, FLUSH_SHARE * duration_s))
@@ -255,7 +309,8 @@ async def _close(env: AsyncEnv) -> None:
         pass  # the host is gone, and the episode with it; its trajectory is what counts
 
 
-def _summary(trajectory: Trajectory) -> EpisodeSummary:
+def summary_of(trajectory: Trajectory) -> EpisodeSummary:
+    """What a worker tells of a recorded episode."""
     failure = trajectory.failure
     return EpisodeSummary(
         key=trajectory.key,

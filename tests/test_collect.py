@@ -82,6 +82,9 @@ class LocalFeed:
     async def stop(self, reason):
         self.feed.stop(reason)
 
+    async def give_back(self, worker, keys):
+        self.feed.give_back(worker, keys)
+
 
 class ListSink:
     def __init__(self, ledger) -> None:
