@@ -97,6 +97,11 @@ class RolloutConfig:
     samples: int = 1
     """Trajectories of each training task."""
     workers: int = 1
+    """At the start; what is lost is made up for as nodes are found."""
+    max_workers: int | None = None
+    """So many when nodes join that have room for more; None: no more than at the start."""
+    min_workers: int = 1
+    """With fewer it waits for some minutes that others come, then ends; the same command goes on."""
     concurrency: int = 32
     """Episodes at a time, per worker (and so per engine): the most, if `adaptive`."""
     adaptive: bool = True
@@ -115,9 +120,18 @@ class RolloutConfig:
         check_bounds(
             self,
             at_least_0=("env_hosts",),
-            at_least_1=("samples", "workers", "concurrency", "queue_capacity"),
+            at_least_1=("samples", "workers", "max_workers", "min_workers", "concurrency", "queue_capacity"),
             above_0=("env_timeout_s",),
         )
+        check_workers(self.workers, self.max_workers)
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} must not be more than workers={self.workers}")
+
+
+def check_workers(workers: int, most: int | None) -> None:
+    """Raises `ValueError`."""
+    if most is not None and most < workers:
+        raise ValueError(f"max_workers={most} must not be less than workers={workers}; leave it out for no more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,13 +242,17 @@ class TeacherShare:
     """`share: split`: its part of the episodes is its weight over the sum of all."""
     workers: int | None = None
     """None takes rollout.workers."""
+    max_workers: int | None = None
+    """None takes rollout.max_workers; where `workers` is given, no more than that."""
     concurrency: int | None = None
     """None takes rollout.concurrency."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"the weight of a teacher must be above 0, not {self.weight}")
-        check_bounds(self, at_least_1=("workers", "concurrency"))
+        check_bounds(self, at_least_1=("workers", "max_workers", "concurrency"))
+        if self.workers is not None:
+            check_workers(self.workers, self.max_workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

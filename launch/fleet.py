@@ -54,7 +54,8 @@ class Fleet:
     """The workers of `collection`.
 
     `groups`: what one more worker is placed by, itself first; `most`: that many workers in all, at most; `grow` starts
-    one; `grows`: nodes are added when they are asked for; `kept`: room that others of this job will want.
+    one; `grows`: nodes are added when they are asked for; `kept`: room that others of this job will want; `hosts`: env
+    hosts that all workers share.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Fleet:
         grow: Grow | None = None,
         grows: bool = False,
         kept: Callable[[], Sequence[Group]] = lambda: (),
+        hosts: Sequence[Any] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        self._hosts = list(hosts)
         self._collection, self._groups, self._most, self._grow = collection, list(groups), most, grow
         self._grows, self._kept, self._say = grows, kept, say
         self._joined: dict[Any, str] = {}
@@ -104,6 +107,10 @@ class Fleet:
             held = self._collection.drain(actor, seconds, returns=not later)
             where = cluster.name_of(node_of(actor))
             self._say(f"a worker on node {where} drains, {seconds:.0f} s at most: {held} episodes under way or waiting")
+        leaving = [host for host in self._hosts if node_of(host) in cluster.draining]
+        if len(leaving) < len(self._hosts):
+            for host in leaving:
+                host.leave.remote()
 
     def _drop_lost(self, cluster: Cluster) -> None:
         alive = {node.key for node in cluster.nodes}

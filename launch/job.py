@@ -156,7 +156,7 @@ class _Stages:
         )  # fmt: skip
         try:
             learner.run()
-            collection, self.teachers = start_collections(
+            collection, _ = start_collections(
                 config, self.environments, self.assigned, ledger=self.folder.ledger, queue=queue, meter=self.meter,
                 placed=self.placed,
             )  # fmt: skip
@@ -165,6 +165,7 @@ class _Stages:
             try:
                 with self.view.stage(LEARNING):
                     self._watch(collection, learner, queue, scores)
+                self.teachers = [collection.actors(each.name) for each in self.assigned]
             finally:
                 collection.close()
                 if scores is not None:
@@ -216,6 +217,8 @@ class _Stages:
                     collected = collection.poll(timeout_s=0.5)
                 if collected or learner.finished():  # a learner that has enough must not leave the workers waiting
                     queue.close()
+                if learner.prepare_for_loss(collection.draining()):
+                    self.view.say("a node of the learner is to go: it writes a checkpoint")
                 if scores is not None:
                     scores.serve(learner)
                 learned, seen = learner.progress(), collection.progress()

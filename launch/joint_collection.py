@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from launch.fleet import Fleets
 from rollout.collector import Collection, CollectionError
 from rollout.task_feed import CollectProgress
 
@@ -16,17 +17,20 @@ from rollout.task_feed import CollectProgress
 class JointCollection:
     """`collections` by teacher's name; `done` more are recorded already, of teachers with nothing left to do."""
 
-    def __init__(self, collections: Mapping[str, Collection], *, done: int = 0) -> None:
+    def __init__(self, collections: Mapping[str, Collection], *, done: int = 0, fleets: Fleets | None = None) -> None:
         self._done = CollectProgress(total=done, found=done)
         self._collections = dict(collections)
         self._seen: dict[str, CollectProgress] = {}
         self._running = set(collections)
         self._broken: dict[str, CollectionError] = {}
+        self._fleets = fleets or Fleets([])
 
     def poll(self, timeout_s: float = 0.0) -> bool:
         """True when all have ended. Raises `CollectionError` when they have, and one of them by a failure."""
         from ray.exceptions import RayError
 
+        if self._running:
+            self._fleets.look()
         for name in sorted(self._running):
             try:
                 ended = self._collections[name].poll(timeout_s / len(self._running))
@@ -69,7 +73,16 @@ class JointCollection:
             except (RayError, TimeoutError):
                 continue
 
+    def actors(self, name: str) -> list[Any]:
+        """Those that work for that teacher, or will again; [] where it had nothing to do."""
+        return self._collections[name].actors if name in self._collections else []
+
+    def draining(self) -> Mapping[str, float]:
+        """Ray's id of each node that is to go -> seconds that it had left when that was last seen."""
+        return self._fleets.draining()
+
     def close(self) -> None:
+        self._fleets.close()
         for collection in self._collections.values():
             collection.close()
 

@@ -66,6 +66,23 @@ def worker_groups(
     return [RoleGroup(role=role, name=spec.policy_name, group=group) for group in groups]
 
 
+def newcomer_groups(config: JobConfig, spec: PolicySpec, *, hosts: int, key: str = "") -> list[Group]:
+    """What one more worker of a teacher is placed by: itself, and `hosts` env hosts of its own."""
+    one = replace(spec, data_parallel_size=1)
+    groups = [each.group for each in worker_groups(config.cluster, one, count=1, role="teacher", key=key)]
+    if hosts:
+        groups.append(
+            actor_group(
+                who="the envs of one more worker",
+                what="hosts",
+                count=hosts,
+                resources=config.cluster.roles.envs,
+                strategy="SPREAD",
+            )
+        )
+    return groups
+
+
 def env_groups(config: JobConfig, count: int) -> list[RoleGroup]:
     """`count` groups of hosts, one for each collection that runs at a time; none where workers have their own."""
     hosts = config.rollout.env_hosts
@@ -171,6 +188,7 @@ class Placed:
     say: Callable[[str], None] = lambda line: None
     grows: bool = False
     _reserved: dict[tuple[Role, str], list[Reservation]] = field(default_factory=dict)
+    _later: dict[tuple[Role, str], Group] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -192,12 +210,19 @@ class Placed:
         if stages:
             # A student that acts while it learns has its place when there is one to load; services hold nothing.
             placed.reserve([each for each in stages[0][1] if each.role not in ("student", "services")])
+        students = (each for _, groups in stages for each in groups if each.role == "student")
+        placed._later = {(each.role, each.name): each.group for each in students}
         return placed
+
+    def later(self) -> list[Group]:
+        """What is not reserved yet and will be: others must leave room for it."""
+        return [group for group in self._later.values() if group.asks]
 
     def reserve(self, groups: Sequence[RoleGroup]) -> None:
         """All of them or none, with a deadline. Raises `PlacementError`."""
         taken = reserve([each.group for each in groups], timeout_s=self.timeout_s, say=self.say, grows=self.grows)
         for each, reservation in zip(groups, taken, strict=True):
+            self._later.pop((each.role, each.name), None)
             self._reserved.setdefault((each.role, each.name), []).append(reservation)
 
     def take(self, role: Role, name: str = "") -> list[Reservation]:

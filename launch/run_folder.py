@@ -40,6 +40,8 @@ FREE = (
     "rollout.queue_capacity",
     "rollout.retry",
     "rollout.retry_quarantined",
+    "rollout.max_workers",
+    "rollout.min_workers",
     "rollout.workers",
     "run_dir",
     "scratch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,15 @@ from envs.retrieval.ray_service import NamedSearch, RayRetrieverClient, start_re
 from envs.retrieval.spec import RetrieverSpec
 from launch.config import DistillConfig, JobConfig, TeacherShare
 from launch.evaluation.config import EvaluationJob
+from launch.fleet import Fleet, Fleets, Newcomer
 from launch.joint_collection import JointCollection
-from launch.placement import Placed, grows, service_options
+from launch.placement import Placed, grows, newcomer_groups, service_options
 from launch.spending import JobMeter, is_endpoint
 from launch.teachers import assign
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
+from rollout.placement import Reservation
 from rollout.policy_spec import PolicySpec
 from rollout.task_feed import EpisodeRequest
 
@@ -104,16 +106,31 @@ def start_workers(
     meter: JobMeter | None = None,
     role: Literal["teacher", "student"] = "student",
     placed: Placed | None = None,
+    most: int = 0,
 ) -> list[Any]:
-    """`count` x `spec.data_parallel_size` rollout actors; an engine gets its GPUs, an API client needs none.
+    """`count` x `spec.data_parallel_size` rollout actors; an engine gets its GPUs, an API client needs none. `most`: so
+    many may become of `count`.
 
     Raises `PlacementError`.
     """
     reserved = (placed or Placed(config.cluster, grows=grows(config.cluster))).workers(spec, count=count, role=role)
+    return _actors(config, spec, count=count, most=max(count, most), meter=meter, reserved=reserved)
+
+
+def _actors(
+    config: JobConfig,
+    spec: PolicySpec,
+    *,
+    count: int,
+    most: int,
+    meter: JobMeter | None,
+    reserved: Sequence[Reservation],
+    options: Mapping[str, Any] | None = None,
+) -> list[Any]:
     if is_endpoint(spec):  # its limits are those of all workers together
-        spec = replace(spec, rate_limits=spec.rate_limits.shared_by(count * spec.data_parallel_size))
+        spec = replace(spec, rate_limits=spec.rate_limits.shared_by(most * spec.data_parallel_size))
     name = meter.name if meter is not None and is_endpoint(spec) else ""
-    return start_rollout_actors(spec, count=count, reserved=reserved, meter=name, run=config.run_name)
+    return start_rollout_actors(spec, count=count, reserved=reserved, meter=name, run=config.run_name, options=options)
 
 
 def start_evaluation(
@@ -184,6 +201,11 @@ class Assignment:
     def workers(self, config: JobConfig) -> int:
         return self.share.workers or config.rollout.workers
 
+    def most_workers(self, config: JobConfig) -> int:
+        """When nodes join."""
+        most = self.share.max_workers or (config.rollout.max_workers if self.share.workers is None else None)
+        return max(self.workers(config), most or 0)
+
 
 def assignments(config: JobConfig, tasks: Sequence[Task], ledger: Ledger) -> list[Assignment]:
     """Who does what of `tasks` x `rollout.samples`, and what of it `ledger` does not hold yet."""
@@ -202,8 +224,58 @@ def assignments(config: JobConfig, tasks: Sequence[Task], ledger: Ledger) -> lis
 
 
 def _teacher_workers(config: JobConfig, each: Assignment, meter: JobMeter | None, placed: Placed | None) -> list[Any]:
-    count = each.workers(config)
-    return start_workers(config, each.share.teacher, count=count, meter=meter, role="teacher", placed=placed)
+    return start_workers(
+        config, each.share.teacher, count=each.workers(config), most=each.most_workers(config), meter=meter,
+        role="teacher", placed=placed,
+    )  # fmt: skip
+
+
+def _fleet(
+    config: JobConfig,
+    each: Assignment,
+    collection: Collection,
+    environments: Environments,
+    hosts: Sequence[Any] | LocalEnvs,
+    meter: JobMeter | None,
+    placed: Placed,
+) -> Fleet:
+    """Of the workers of one teacher; it grows only where the configuration lets it."""
+    spec, most, ranks = each.share.teacher, each.most_workers(config), each.share.teacher.data_parallel_size
+    shared = [] if isinstance(hosts, LocalEnvs) else hosts
+    if most <= each.workers(config):
+        return Fleet(collection, hosts=shared, say=placed.say)
+    count = -(-config.rollout.env_hosts // (each.workers(config) * ranks))
+
+    def grow(places: Sequence[Reservation], node: str) -> Newcomer:
+        options = {}
+        if node:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        [actor] = _actors(config, spec, count=1, most=most, meter=meter, reserved=places[:1], options=options)
+        own: list[Any] = []
+        if count:
+            slots = -(-each.concurrency(config) // count)
+            own = start_env_hosts(
+                config.env, count=count, slots_per_host=slots, search=environments.search,
+                options=[places[1].options(i) for i in range(count)],
+            )  # fmt: skip
+
+        def leave() -> None:
+            import ray
+
+            for host in own:
+                ray.kill(host)
+            for place in places[1:]:
+                place.release()
+
+        return Newcomer(actor=actor, hosts=own, leave=leave)
+
+    groups = newcomer_groups(config, spec, hosts=count)
+    return Fleet(
+        collection, hosts=shared, groups=groups, most=most * ranks, grow=grow, grows=placed.grows, kept=placed.later,
+        say=placed.say,
+    )  # fmt: skip
 
 
 def start_collections(
@@ -219,10 +291,13 @@ def start_collections(
     """One collection a teacher, all at the same time, and their workers. Waits for the environments first.
 
     The first groups of `environments` are theirs, one for each of `assigned`. A teacher that has nothing left to do is
-    not loaded: it has no workers.
+    not loaded: it has no workers. More may join them, or some leave (`launch.fleet`): `JointCollection.actors` says
+    who is there.
     """
     can_preview = environments.wait_ready()
+    placed = placed or Placed(config.cluster, grows=grows(config.cluster))
     collections: dict[str, Collection] = {}
+    fleets: list[Fleet] = []
     workers: list[list[Any]] = []
     done = 0
     for each, hosts in zip(assigned, environments.groups[: len(assigned)], strict=True):
@@ -244,5 +319,12 @@ def start_collections(
             can_preview=can_preview,
             env_timeout_s=config.rollout.env_timeout_s,
             feed_options=service_options(config.cluster),
+            least=min(config.rollout.min_workers, len(workers[-1])),
+            say=placed.say if len(assigned) == 1 else _named(each.name, placed.say),
         )
-    return JointCollection(collections, done=done), workers
+        fleets.append(_fleet(config, each, collections[each.name], environments, hosts, meter, placed))
+    return JointCollection(collections, done=done, fleets=Fleets(fleets, say=placed.say)), workers
+
+
+def _named(name: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda line: say(f"{name}: {line}")

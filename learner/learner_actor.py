@@ -25,7 +25,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,10 @@ class RankActor:
         if self._learner is not None:
             self._learner.report_score(step, score)
 
+    def save_soon(self) -> None:
+        if self._learner is not None:
+            self._learner.save_soon()
+
     def stop(self) -> None:
         if self._learner is not None:
             self._learner.stop()
@@ -133,6 +137,8 @@ class LearnerGroup:
         self._stopping = False
         self._failed: LearnerError | None = None
         self._restarting: threading.Thread | None = None
+        self._warned: set[str] = set()
+        """Nodes that are to go, and for which a checkpoint was asked for."""
         self.restarts = 0
         """How many times the ranks were started again."""
 
@@ -231,6 +237,21 @@ class LearnerGroup:
         """The score of the student in `progress().candidates[step]`; see `learner.model_selection`. One that is lost
         with a dying rank is asked for again, as the student is handed out again."""
         self._actors[0].report_score.remote(step, score)
+
+    def prepare_for_loss(self, nodes: Iterable[str]) -> bool:
+        """Those (Ray's ids) are to go: when a rank is on one of them, a checkpoint is asked for, once for each, so that
+        all ranks go on from there when it is lost. Returns whether that was so."""
+        from ray.util.placement_group import placement_group_table
+
+        new = set(nodes) - self._warned
+        if not new or self._restarting is not None or self._placement is None:
+            return False
+        self._warned |= new
+        with contextlib.suppress(Exception):  # the head is busy: then the last checkpoint has to do
+            if new & set(placement_group_table(self._placement)["bundles_to_node_id"].values()):
+                self._actors[0].save_soon.remote()
+                return True
+        return False
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ask for an end after the present step, with checkpoint and export; `result` then returns."""

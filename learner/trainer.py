@@ -80,6 +80,7 @@ class Learner:
             refuse_missing_scores(config, self._objective, self._scorer)
         self._progress = Progress()
         self._stop = threading.Event()
+        self._save = threading.Event()
         self._scores: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
         self._refused: Counter[str] = Counter()
         self._first_refused: dict[str, str] = {}
@@ -113,6 +114,10 @@ class Learner:
     def stop(self) -> None:
         """End after the present step, with a checkpoint and an export. From any thread; only rank 0's counts."""
         self._stop.set()
+
+    def save_soon(self) -> None:
+        """Write a checkpoint after the present step, due or not. From any thread; only rank 0's counts."""
+        self._save.set()
 
     def report_score(self, step: int, score: float) -> None:
         """The score, larger is better, of the student in `progress().candidates[step]`. From any thread; only rank 0's
@@ -260,7 +265,8 @@ class Learner:
                 folder = self._folder / "snapshots" / name
                 yield self._export_orders(folder)
                 self._update(snapshots={**self._progress.snapshots, name: str(folder)})
-        if _is_due(step, self.config.checkpoint_every_steps):
+        if _is_due(step, self.config.checkpoint_every_steps) or self._save.is_set():
+            self._save.clear()
             yield self._checkpoint_orders()
 
     def _validate(self, backend: DeepSpeedBackend) -> Iterator[list[Order]]:

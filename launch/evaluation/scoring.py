@@ -19,6 +19,7 @@ from envs.base import Task
 from launch.config import DistillConfig
 from launch.evaluation.intervals import Score, score
 from launch.evaluation.modes import OLD_NAMES
+from launch.fleet import Fleet, Fleets
 from launch.live.view import LiveView
 from launch.spending import JobMeter
 from launch.wiring import Environments, start_evaluation
@@ -111,10 +112,13 @@ def watch_evaluation(
 
     Raises `EvaluationError` when it stops before that.
     """
+    collection.say = view.say
+    fleets = Fleets([Fleet(collection, say=view.say)], say=view.say)
     try:
         with view.stage(title):
             finished = False
             while not finished:
+                fleets.look()
                 finished = collection.poll(timeout_s=0.5)
                 progress = collection.progress()
                 spent = meter.snapshot() if meter is not None else None
