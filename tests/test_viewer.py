@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,9 +25,10 @@ from viewer_samples import HOSTILE, failed, hostile, numbered, voted, write
 from launch.viewer import shown_text, word_query
 from launch.viewer.access import Access
 from launch.viewer.catalog import Catalog
-from launch.viewer.pages import labels, make_app
+from launch.viewer.pages import make_app
 from launch.viewer.selection import Selection, SelectionError
 from launch.viewer.token_view import TokenViews
+from launch.viewer.wording import labels
 from rollout.ledger import Ledger
 from rollout.records import from_table
 
@@ -207,7 +209,7 @@ def _until(catalog: Catalog, rows: int) -> None:
         catalog.refresh()
         if catalog.progress().rows == rows and catalog.wait_words(WAIT_S):
             return
-        catalog._stopping.wait(0.05)
+        time.sleep(0.05)
     raise AssertionError(f"{catalog.progress()}, wanted {rows} rows")
 
 

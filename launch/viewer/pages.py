@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.viewer import shown_text, word_query
+from launch.viewer import shown_text, word_query, wording
 from launch.viewer.access import Access, Guard
-from launch.viewer.catalog import Catalog, NotThere, Row
+from launch.viewer.answers import NotThere, Row
+from launch.viewer.catalog import Catalog
 from launch.viewer.export import FORMATS, export
 from launch.viewer.selection import FACETS, OUTCOMES, SORTS, Selection, SelectionError, quoted
+from launch.viewer.texts import shown_prompts, text_of
 from launch.viewer.token_view import TokenViews
 from launch.viewer.trajectory_page import turns
 from rollout.ledger import LedgerError
@@ -86,7 +87,7 @@ class Pages:
         from starlette.templating import Jinja2Templates
 
         self._catalog, self._tokens = catalog, tokens
-        self._labels = labels([index.uri for index in catalog.indices])
+        self._labels = wording.labels([index.uri for index in catalog.indices])
         environment = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -97,11 +98,11 @@ class Pages:
         environment.filters.update(
             line=shown_text.line,
             plain=shown_text.plain,
-            moment=_moment,
-            span=_span,
-            count=_count,
-            short=_short,
-            small=_small,
+            moment=wording.moment,
+            span=wording.span,
+            count=wording.count,
+            short=wording.short,
+            small=wording.small,
         )
         environment.globals.update(signs=_OUTCOME_SIGNS, outcomes=OUTCOMES, labels=self._labels, formats=FORMATS)
         self._templates = Jinja2Templates(env=environment)
@@ -139,7 +140,7 @@ class Pages:
             before=before,
             after=after,
             others=[each for each in self._catalog.rows_of_task(row.task_id) if each.number != row.number],
-            shown=_shown_prompts(trajectory),
+            shown=shown_prompts(trajectory),
             title=row.question or row.task_id,
         )
 
@@ -225,7 +226,7 @@ class Pages:
 
         row, trajectory, _ = self._asked(request)
         part = request.path_params["part"]
-        found = _part(trajectory, part)
+        found = text_of(trajectory, part)
         if found is None:
             raise NotThere(f"trajectory {row.identity} has no text {part!r}")
         return PlainTextResponse(found, headers=_download(f"{row.identity}-{part}.txt"))
@@ -305,7 +306,7 @@ class Pages:
 
     def _facet(self, name: str, values: list[tuple[str, int]], selection: Selection) -> dict[str, Any]:
         chosen = getattr(selection, name)
-        titles = {"outcome": OUTCOMES, "ledger": dict(enumerate_text(self._labels))}.get(name, {})
+        titles = {"outcome": OUTCOMES, "ledger": dict(wording.enumerate_text(self._labels))}.get(name, {})
         shown = sorted(values[:_MOST_VALUES], key=lambda each: each[0] not in chosen)
         items = [
             {"value": quoted(value), "title": titles.get(value, value), "count": n, "on": value in chosen}
@@ -320,69 +321,6 @@ class Pages:
         }
 
 
-def labels(uris: list[str]) -> list[str]:
-    """The shortest ends of paths that tell ledgers apart."""
-    parts = [uri.rstrip("/").split("/") for uri in uris]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        found = ["/".join(each[-length:]) for each in parts]
-        if len(set(found)) == len(found):
-            return found
-    return [f"{uri} ({i})" for i, uri in enumerate(uris)]
-
-
-def enumerate_text(values: list[str]) -> Iterator[tuple[str, str]]:
-    """("0", first), ("1", second), ..."""
-    return ((str(i), each) for i, each in enumerate(values))
-
-
-def _part(trajectory: Trajectory, part: str) -> str | None:
-    """`question`, `system`, `guide`, `turn-1`, `observation-2`, `candidate-1-3`, `candidate-observation-1-3`."""
-    whole = {
-        "question": trajectory.task.question,
-        "answer": trajectory.task.answer,
-        "prediction": trajectory.prediction,
-        "failure": trajectory.failure.message if trajectory.failure else None,
-        **{name: text for _, name, text in _prompts(trajectory)},
-    }
-    if part in whole:
-        return whole[part]
-    name, _, numbers = part.partition("-")
-    name, numbers = (name, numbers) if not numbers.startswith("observation-") else ("shown", numbers[12:])
-    try:
-        at = [int(each) - 1 for each in numbers.split("-")]
-        if min(at) < 0:
-            return None
-        step = trajectory.steps[at[0]]
-        match name, len(at):
-            case "turn", 1:
-                return step.completion.text
-            case "observation", 1:
-                return step.observation
-            case "candidate", 2:
-                return step.candidates[at[1]].text
-            case "shown", 2:
-                return step.candidates[at[1]].observation
-    except (ValueError, IndexError):
-        return None
-    return None
-
-
-def _prompts(trajectory: Trajectory) -> list[tuple[str, str, str]]:
-    """(title, name of its text, text) of what stood before the first turn."""
-    found = [
-        ("system prompt of the student", "system", trajectory.system_prompt),
-        ("system prompt that the policy was shown", "shown-system", trajectory.shown_system_prompt),
-        ("first message, where it is more than the question", "user", trajectory.user_prompt),
-        ("guide that the policy alone was shown", "guide", trajectory.guide),
-        ("first thought that began its first turn", "first-thought", trajectory.first_thought),
-    ]
-    return [(title, name, text) for title, name, text in found if text]
-
-
-def _shown_prompts(trajectory: Trajectory) -> list[dict[str, Any]]:
-    return [{"title": t, "name": n, "shown": shown_text.plain(text)} for t, n, text in _prompts(trajectory)]
-
-
 def _marked(selection: Selection) -> Any:
     try:
         return word_query.parse(selection.q).marked
@@ -392,35 +330,3 @@ def _marked(selection: Selection) -> Any:
 
 def _download(name: str) -> dict[str, str]:
     return {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
-
-
-def _moment(unix_s: float) -> str:
-    try:
-        return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S") if unix_s else ""
-    except (OverflowError, ValueError, OSError):
-        return ""
-
-
-def _span(seconds: float) -> str:
-    """A duration, as short as tells enough."""
-    if seconds < 0.0095:
-        return f"{1000 * seconds:.1f} ms"
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _count(number: int) -> str:
-    return f"{number:,}"
-
-
-def _small(number: float) -> str:
-    """A log-probability: two digits that mean something."""
-    return "0" if abs(number) < 1e-6 else f"{number:.2g}" if abs(number) < 1 else f"{number:.2f}"
-
-
-def _short(number: float) -> str:
-    return f"{number:.4g}"
