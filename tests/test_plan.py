@@ -354,6 +354,12 @@ def test_the_embedded_default_fits_this_machine(capsys):
     assert "learner: rank of 1 CPU" in shown and "it fits" in shown
 
 
+def test_nodes_alike_are_one_row(capsys):
+    assert plan.main(["recipe=paper", "cluster=labelled", "--nodes", "3*8xH100 + 40*CPU64:env_node=1"]) == 0
+    said = capsys.readouterr().out
+    assert "8 nodes alike" in said and "node 5" in said and "node 7" not in said.split("the evaluation")[0]
+
+
 def test_a_running_cluster_is_looked_at_and_left_as_it_was(ray_cluster):
     address = ray_cluster.get_runtime_context().gcs_address
     before = ray_cluster.available_resources()

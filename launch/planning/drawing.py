@@ -14,8 +14,8 @@ from launch.planning.making import ModelMemory, Plan, Stage
 from launch.planning.memory import GIB
 from rollout.placement_fit import nodes_in_words, words
 
-MOST_NODES = 20
-"""Rows of a table; the others are counted."""
+MOST_ROWS = 20
+"""Of a table, one for nodes alike; the other nodes are counted."""
 _BAR = 24
 
 
@@ -64,13 +64,20 @@ def _places(plan: Plan, stage: Stage) -> Table:
     table.add_column("runs", overflow="fold")
     nodes = [each for each in plan.nodes if stage.places.get(each.node.name)]
     idle = len(plan.nodes) - len(nodes)
-    for each in nodes[:MOST_NODES]:
-        what = stage.places[each.node.name]
-        lines = [f"{count} x {told}" if count > 1 else told for told, count in what.items()]
+    rows: list[tuple[str, str, list[str]]] = []  # has, runs, names of the nodes
+    for each in nodes:
+        lines = [f"{count} x {told}" if count > 1 else told for told, count in stage.places[each.node.name].items()]
         has = words(each.node.total)
-        table.add_row(Text(each.node.name), Text(f"{has} ({each.gpu})" if each.gpu else has), Text("\n".join(lines)))
-    if len(nodes) > MOST_NODES:
-        table.add_row("", "", Text(f"and {len(nodes) - MOST_NODES} nodes more"))
+        row = (f"{has} ({each.gpu})" if each.gpu else has, "\n".join(lines))
+        if rows and rows[-1][:2] == row:
+            rows[-1][2].append(each.node.name)
+        else:
+            rows.append((*row, [each.node.name]))
+    for has, runs, names in rows[:MOST_ROWS]:
+        named = names[0] if len(names) == 1 else f"{len(names)} nodes alike:\n{names[0]} to {names[-1]}"
+        table.add_row(Text(named), Text(has), Text(runs))
+    if left := sum(len(names) for _, _, names in rows[MOST_ROWS:]):
+        table.add_row("", "", Text(f"and {left} nodes more"))
     if idle:
         table.add_row("", "", Text(f"{idle} {'node has' if idle == 1 else 'nodes have'} nothing to do"))
     return table
