@@ -1,0 +1,122 @@
+"""What is broken when: faults drawn from a seed, and how each is done to a cluster.
+
+A moment is a share of the run: 0 to 0.5 while episodes are recorded, 0.5 to 1 while the student goes on learning, 1
+from the evaluation on. A fault whose target is not there at its moment waits for it; one whose target never comes is
+told as not done.
+
+Example::
+
+    for fault in draw(random.Random(7), count=3):
+        print(fault)                             # 0.31 network: a from head for 6 s
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.chaos_cluster import HEAD, ChaosCluster, title
+
+PROCESSES = {
+    "rollout worker": "ray::RolloutActor",
+    "engine": "VLLM::",
+    "env host": "ray::EnvHost",
+    "retrieval": "ray::RetrievalActor",
+    "queue": "ray::_BufferActor",
+    "feed": "ray::FeedActor",
+    "learner rank": "ray::RankActor",
+}
+"""Kind -> how the title of its process begins."""
+KINDS = ("node", "raylet", *PROCESSES, "driver", "network", "disk")
+WHILE_LEARNING = ("learner rank", "queue")
+"""May come at any time of the first stage; others of the rollout's processes only while episodes are left."""
+ENGINE_AT = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One that is drawn."""
+
+    at: float
+    """Moment, as a share of the run."""
+    kind: str
+    host: str = ""
+    """Of a node or a raylet; one end of a network that is cut."""
+    other: str = ""
+    """The other end."""
+    seconds: float = 0.0
+    """Until a network heals or a disk is freed."""
+    choice: float = 0.0
+    """In [0, 1): which of several processes."""
+
+    def __str__(self) -> str:
+        where = f": {self.host}" if self.host else ""
+        where += f" from {self.other}" if self.other else ""
+        return f"{self.at:.2f} {self.kind}{where}" + (f" for {self.seconds:.0f} s" if self.seconds else "")
+
+
+def draw(rng: random.Random, kinds: Sequence[str], workers: Sequence[str]) -> list[Fault]:
+    """One fault of each of `kinds`, in the order of their moments."""
+    return sorted((_drawn(rng, kind, workers) for kind in kinds), key=lambda fault: fault.at)
+
+
+def kinds_of_runs(rng: random.Random, runs: int, each: int, engine_every: int = 5) -> list[list[str]]:
+    """So many kinds for every run, such that all kinds come about equally often; the engine, which costs a run its
+    longest stage, in every `engine_every`th."""
+    others = [kind for kind in KINDS if kind != "engine"]
+    deck: list[str] = []
+    found = []
+    for run in range(runs):
+        chosen: list[str] = ["engine"] if run % engine_every == engine_every - 1 else []
+        while len(chosen) < each:
+            if not deck:
+                deck = rng.sample(others, len(others))
+            kind = next((kind for kind in deck if kind not in chosen), None)
+            if kind is None:
+                deck += rng.sample(others, len(others))
+                continue
+            deck.remove(kind)
+            chosen.append(kind)
+        found.append(chosen)
+    return found
+
+
+def _drawn(rng: random.Random, kind: str, workers: Sequence[str]) -> Fault:
+    choice, host = rng.random(), rng.choice(list(workers))
+    if kind == "engine":
+        return Fault(at=ENGINE_AT, kind=kind, choice=choice)
+    latest = 0.95 if kind in (*WHILE_LEARNING, "driver", "node", "raylet", "network") else 0.45
+    at = rng.uniform(0.02, latest)
+    if kind in ("node", "raylet"):
+        return Fault(at=at, kind=kind, host=host)
+    if kind == "network":
+        other = rng.choice([each for each in (HEAD, *workers) if each != host])
+        # Half of them so short that nobody is given up, half so long that a node is.
+        seconds = rng.uniform(2, 6) if rng.random() < 0.5 else rng.uniform(20, 30)
+        return Fault(at=at, kind=kind, host=host, other=other, seconds=seconds)
+    if kind == "disk":
+        return Fault(at=at, kind=kind, seconds=rng.uniform(3, 8))
+    return Fault(at=at, kind=kind, choice=choice)
+
+
+def targets(fault: Fault, cluster: ChaosCluster, driver: int) -> list[psutil.Process]:
+    """The processes that a fault kills; none for one that kills nothing."""
+    if fault.kind == "driver":
+        return [each for each in cluster.processes(HEAD) if each.pid == driver]
+    if fault.kind == "node":
+        return cluster.processes(fault.host)
+    if fault.kind == "raylet":
+        return [each for each in cluster.processes(fault.host) if Path(title(each).split(" ")[0]).name == "raylet"]
+    if fault.kind in PROCESSES:
+        found = of_kind(fault.kind, cluster)
+        return [found[int(fault.choice * len(found))]] if found else []
+    return []
+
+
+def of_kind(kind: str, cluster: ChaosCluster) -> list[psutil.Process]:
+    """Processes of that role."""
+    return [each for each in cluster.processes() if title(each).startswith(PROCESSES[kind])]

@@ -1,0 +1,105 @@
+"""Sees which of a job's Ray actors die and come back, and which nodes are lost, and tells `launch.events`.
+
+Ray starts actors again without a word, and whoever calls one that is away waits: from the outside nothing has happened.
+This asks Ray's own table every `LOOK_S`, in a thread. It looks on; nothing here replaces anything. The table is the one
+that `ray.util.state` shows, which itself needs a dashboard; `ray._private.state` is asked here alone.
+
+Example::
+
+    with ActorWatch(events):
+        ...                       # events.tell("env host", "an env host on 10.0.0.7 died and is back", away_s=2.9)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from launch.events import EventRecord
+
+LOOK_S = 1.0
+PARTS = {
+    "RolloutActor": ("rollout worker", "a rollout worker"),
+    "EnvHost": ("env host", "an env host"),
+    "RetrievalActor": ("retrieval", "the retrieval actor"),
+    "_BufferActor": ("queue", "the queue"),
+    "FeedActor": ("feed", "what hands out the episodes"),
+}
+"""Class of an actor -> its part's name in events, and what people call it. Learner ranks are the learner's to tell."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One actor."""
+
+    restarts: int
+    state: str
+    away_since_s: float | None = None
+
+
+class ActorWatch:
+    """Watches the actors of this driver's job from `__enter__` to `__exit__`."""
+
+    def __init__(self, events: EventRecord) -> None:
+        self._events = events
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="actor-watch", daemon=True)
+        self._actors: dict[str, _Seen] = {}
+        self._nodes: dict[str, tuple[bool, float]] = {}
+
+    def __enter__(self) -> ActorWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join(2 * LOOK_S + 10)
+
+    def _watch(self) -> None:
+        import ray
+        from ray._private import state
+
+        job = ray.get_runtime_context().get_job_id()
+        while not self._ended.wait(LOOK_S):
+            try:
+                nodes = ray.nodes()
+                actors: Any = state.actors()
+            except Exception:  # Ray's head is away, or shut down: there is nobody to ask
+                continue
+            self.look_at_nodes(nodes)
+            self.look_at_actors([each for each in actors.values() if each["JobID"] == job])
+
+    def look_at_actors(self, actors: list[dict[str, Any]]) -> None:
+        """Against the last look; tells of those that have died since, once they are back."""
+        now_s = time.monotonic()
+        for actor in actors:
+            part = PARTS.get(actor["ActorClassName"])
+            if part is None:
+                continue
+            state, restarts = actor["State"], int(actor["NumRestarts"])
+            seen = self._actors.setdefault(actor["ActorID"], _Seen(restarts, state))
+            if state == "RESTARTING" and seen.away_since_s is None:
+                seen.away_since_s = now_s
+            if state == "ALIVE" and (restarts > seen.restarts or seen.away_since_s is not None):
+                away_s = LOOK_S if seen.away_since_s is None else now_s - seen.away_since_s
+                seen.restarts, seen.away_since_s = restarts, None
+                where = actor["Address"]["IPAddress"]
+                self._events.tell(part[0], f"{part[1]} died and is back on {where}", away_s=away_s)
+            seen.state = state
+
+    def look_at_nodes(self, nodes: list[dict[str, Any]]) -> None:
+        """Against the last look; tells of nodes that are lost, and of those that join."""
+        now_s, first = time.monotonic(), not self._nodes
+        for node in nodes:
+            key, alive, name = node["NodeID"], bool(node["Alive"]), node["NodeManagerAddress"]
+            was = self._nodes.get(key)
+            if was is None and alive and not first:
+                since = [at for other, at in self._nodes.values() if not other]
+                self._events.tell("node", f"the node {name} joined", away_s=now_s - max(since) if since else None)
+            if was is not None and was[0] and not alive:
+                self._events.tell("node", f"the node {name} was lost")
+            if was is None or was[0] != alive:
+                self._nodes[key] = (alive, now_s)
