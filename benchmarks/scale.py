@@ -26,7 +26,7 @@ if not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import scoreboard
-from benchmarks.scale_delays import MEASURED_FILE, TEACHER, TEACHER_FACTOR, load
+from benchmarks.scale_delays import MEASURED_FILE, TEACHER_FACTOR, load, teacher
 from benchmarks.scale_limits import limits, storage
 from benchmarks.scale_picture import Point, Series, draw
 from benchmarks.scale_processes import CONSUMER, DRIVER, FEED, GCS, QUEUE, RAYLET, WORKERS, Sample, sampled
@@ -35,6 +35,8 @@ from benchmarks.scale_world import AllDelays
 from benchmarks.scoreboard import Row
 
 SIZES = (1, 2, 5, 10, 25, 50)
+STUDENT_SIZES = (1, 2, 5, 10)
+"""Steps of a second keep two cores busy with some of the workers; more would only wait for them."""
 LINEAR = 0.95
 SATURATED = 0.9
 """Share of the machine's cores, whoever keeps them busy, from which on they are the limit."""
@@ -79,13 +81,11 @@ def measure(options: Any, delays: AllDelays) -> tuple[list[Result], list[tuple[i
     with ray_cluster(config), sampled(every_s=options.sample_s) as samples:
         pool = WorkerPool(delays)
         try:
-            for workers in options.workers:
-                for name in options.delays:
-                    rounds = {STUDENT_NAME: options.student_rounds, TEACHER_NAME: options.rounds}[name]
-                    runs.append(
-                        simulate(pool, name, workers=workers, slots=options.slots, episodes_per_slot=rounds)
-                    )  # fmt: skip
-                    print(_line(runs[-1]), flush=True)
+            rounds = {STUDENT_NAME: options.student_rounds, TEACHER_NAME: options.rounds}
+            sizes = {STUDENT_NAME: options.student_workers, TEACHER_NAME: options.workers}
+            for workers, name in sorted((size, kind) for kind in options.delays for size in sizes[kind]):
+                runs.append(simulate(pool, name, workers=workers, slots=options.slots, episodes_per_slot=rounds[name]))
+                print(_line(runs[-1]), flush=True)
         finally:
             pool.close()
     return [_result(run, samples, cores) for run in runs], pool.start_s
@@ -213,13 +213,14 @@ def _sizes(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = scoreboard.arguments(__doc__)
-    parser.add_argument("--workers", type=_sizes, default=list(SIZES), help="sizes, as 1,2,5,10,25,50")
+    parser.add_argument("--workers", type=_sizes, default=list(SIZES), help="teacher: sizes, as 1,2,5,10,25,50")
+    parser.add_argument("--student-workers", type=_sizes, default=list(STUDENT_SIZES), help="student: the same")
     parser.add_argument("--slots", type=int, default=200, help="episodes at once in each worker")
     parser.add_argument("--delays", default=f"{STUDENT_NAME},{TEACHER_NAME}", help="of which policies; both by default")
     parser.add_argument("--delays-file", type=Path, default=MEASURED_FILE, help="what benchmarks/scale_delays.py wrote")
     parser.add_argument("--factor", type=float, default=TEACHER_FACTOR, help="the teacher's delays, of the student's")
-    parser.add_argument("--rounds", type=float, default=3.0, help="teacher: episodes of each place, one after another")
-    parser.add_argument("--student-rounds", type=float, default=8.0, help="student: the same")
+    parser.add_argument("--rounds", type=float, default=2.0, help="teacher: episodes of each place, one after another")
+    parser.add_argument("--student-rounds", type=float, default=6.0, help="student: the same")
     parser.add_argument("--sample-s", type=float, default=1.0, help="between two looks at the processes")
     parser.add_argument("--object-store-mb", type=int, default=500)
     parser.add_argument("--picture", type=Path, help="draw throughput over workers into this file")
@@ -227,13 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.delays = options.delays.split(",")
     if unknown := set(options.delays) - set(TITLES):
         parser.error(f"--delays {unknown.pop()!r} is unknown; there are {', '.join(TITLES)}")
-    if options.workers[0] < 1 or options.slots < 1:
-        parser.error(f"--workers {options.workers[0]} and --slots {options.slots} must be at least 1")
-    if min(options.rounds, options.student_rounds) < 3:
-        parser.error("--rounds and --student-rounds must be at least 3: one to ramp up, one to measure, one to drain")
+    if min(options.workers[0], options.student_workers[0], options.slots) < 1:
+        parser.error("--workers, --student-workers and --slots must be at least 1")
+    if min(options.rounds, options.student_rounds) < 2:
+        parser.error("--rounds and --student-rounds must be at least 2: there is nothing to be measured in less")
     try:
         measured = load(options.delays_file)
-        delays = {STUDENT_NAME: measured, TEACHER_NAME: measured.scaled(options.factor, TEACHER)}
+        delays = {STUDENT_NAME: measured, TEACHER_NAME: teacher(measured, options.factor)}
     except ValueError as error:
         parser.error(str(error))
     for name in options.delays:

@@ -5,12 +5,12 @@ what belongs together in an episode (a slow first step and a long second) stays 
 the file replays each measured episode once, in an order drawn from the seed: two collections have the same work to do,
 and differ by nothing that was drawn.
 
-`TEACHER` is no measurement but an assumption, and says so: the delays of the policy times a factor.
+`teacher` is no measurement but an assumption, and says so: the delays of the policy times a factor.
 
 Example::
 
-    delays = load()                              # measured: the student of the embedded default, on vLLM
-    slow = delays.scaled(TEACHER_FACTOR, TEACHER)
+    delays = load()                 # measured: the student of the embedded default, on vLLM
+    slow = teacher(delays)          # eight times as slow
     slow.episode(17)[0].policy_s
 
 python benchmarks/scale_delays.py RUN/evaluation/student "where it was measured" > benchmarks/scale_delays.json
@@ -28,11 +28,9 @@ if not __package__:  # run as a file: imports come from the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 MEASURED_FILE = Path(__file__).with_suffix(".json")
-TEACHER_FACTOR = 5.0
-TEACHER = (
-    "an assumption: the student's measured delays of the policy times {factor:g}, which is about what a 32B teacher on "
-    "GPUs takes with 200 requests at once (150 tokens a turn, 40 ms a token); the envs as measured"
-)
+TEACHER_FACTOR = 8.0
+STRAGGLER = 2.0
+"""An episode that takes more than so many times the mean is one."""
 _DIGITS = 4
 """Tenths of a millisecond: finer than what is measured."""
 
@@ -63,15 +61,20 @@ class Delays:
         turn, place = divmod(number, len(self.episodes))
         return self.episodes[_order(self.seed, turn, len(self.episodes))[place]]
 
+    def without_stragglers(self, times: float = STRAGGLER) -> Delays:
+        """Without episodes of more than `times` the mean."""
+        kept = tuple(steps for steps in self.episodes if _length_s(steps) <= times * self.episode_s)
+        return replace(self, episodes=kept)
+
     def scaled(self, factor: float, source: str) -> Delays:
-        """The same episodes with a policy that takes `factor` times as long; `{factor}` in `source` is filled in."""
+        """The same episodes with a policy that takes `factor` times as long."""
         if not factor > 0:
             raise ValueError(f"delays can be scaled by a factor above 0, not {factor:g}")
         slower = tuple(
             tuple(StepDelay(policy_s=step.policy_s * factor, env_s=step.env_s) for step in steps)
             for steps in self.episodes
         )
-        return replace(self, source=source.format(factor=factor), episodes=slower)
+        return replace(self, source=source, episodes=slower)
 
     @property
     def most_steps(self) -> int:
@@ -84,13 +87,28 @@ class Delays:
     @property
     def episode_s(self) -> float:
         """Of the mean episode, all delays of it."""
-        whole = sum(step.policy_s + step.env_s for steps in self.episodes for step in steps)
-        return whole / len(self.episodes)
+        return sum(map(_length_s, self.episodes)) / len(self.episodes)
 
     def quantiles(self, what: str, shares: tuple[float, ...]) -> list[float]:
         """Seconds that this share of the steps takes at most; `what`: "policy_s" or "env_s"."""
         values = sorted(getattr(step, what) for steps in self.episodes for step in steps)
         return [values[min(len(values) - 1, int(share * len(values)))] for share in shares]
+
+
+def teacher(measured: Delays, factor: float = TEACHER_FACTOR) -> Delays:
+    """What a 32B teacher on GPUs would take, by assumption. Its few stragglers are left out: each would keep a whole
+    collection for minutes at its end, and change nothing else."""
+    even = measured.without_stragglers()
+    source = (
+        f"an assumption: the student's measured delays of the policy times {factor:g}, {len(measured.episodes)} "
+        f"episodes without {len(measured.episodes) - len(even.episodes)} stragglers (about what a 32B teacher on GPUs "
+        "takes with 200 requests at once: 240 tokens a turn, 40 ms a token); envs as measured"
+    )
+    return even.scaled(factor, source)
+
+
+def _length_s(steps: tuple[StepDelay, ...]) -> float:
+    return sum(step.policy_s + step.env_s for step in steps)
 
 
 _orders: dict[tuple[int, int, int], list[int]] = {}

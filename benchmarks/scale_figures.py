@@ -1,9 +1,9 @@
 """What the episodes of a collection say about it, by their begin and end alone: how many were under way at once, when
 it was in its steady state, how many ended a second.
 
-The steady state begins when as many episodes have ended as run at once (each place is in its second, on average), and
-ends when the number under way falls for good below `FULL` of that (there is nothing left to start). Ramp-up and drain
-are outside of it.
+The steady window begins when `SETTLED` of the places have ended an episode (the first ones are begun in the middle:
+`scale_world.tasks`), and ends when the number under way falls for good below `FULL` of the places (there is nothing
+left to start). Ramp-up and drain are outside of it.
 
 Example::
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+SETTLED = 0.25
 FULL = 0.95
 Times = Sequence[tuple[float, float]]
 """[n] (begin, end) of each episode, Unix time."""
@@ -66,11 +67,12 @@ def steady(times: Times, *, at_once: int) -> Window:
     ends = sorted(end for _, end in times)
     changes = under_way(times)
     full = [falls for (_, count), (falls, _) in pairwise(changes) if count >= FULL * at_once]
-    if len(ends) <= at_once or not full or full[-1] <= ends[at_once - 1]:
+    settled = max(1, round(SETTLED * at_once))
+    if len(ends) < settled or not full or full[-1] <= ends[settled - 1]:
         raise ValueError(
-            f"{len(times)} episodes, {at_once} at once at most: it is never in a steady state; give at least three for "
+            f"{len(times)} episodes, {at_once} at once at most: it is never in a steady state; give at least two for "
             "each place"
         )
-    began_s, ended_s = ends[at_once - 1], full[-1]
+    began_s, ended_s = ends[settled - 1], full[-1]
     count = bisect_right(ends, ended_s) - bisect_left(ends, began_s)
     return Window(began_s=began_s, ended_s=ended_s, episodes=count)

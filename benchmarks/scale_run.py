@@ -176,7 +176,7 @@ def simulate(pool: WorkerPool, name: str, *, workers: int, slots: int, episodes_
         ray.get(consumer.progress.remote(), timeout=START_S)
         began_s = time.monotonic()
         requests, found = missing_requests(
-            tasks(name, count), policy=NAME, settings=settings, ledger=Ledger(ledger), samples=1
+            tasks(name, count, begun=workers * slots), policy=NAME, settings=settings, ledger=Ledger(ledger), samples=1
         )
         collection = JointCollection({
             NAME: Collection(

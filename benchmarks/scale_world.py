@@ -43,19 +43,26 @@ AllDelays = Mapping[str, Delays]
 """Name -> measured episodes; a task says by which of them it goes."""
 
 
-def tasks(name: str, count: int) -> list[Task]:
-    """They begin with the name of their delays and a number: policy and env know by these what to replay."""
+def tasks(name: str, count: int, *, begun: int = 0) -> list[Task]:
+    """Their ids, with which their questions begin, tell policy and env what to replay: name, number, share.
+
+    The first `begun` replay the end of an episode only, a share of all its delays that is drawn evenly: as if they had
+    been under way for a while. A collection is in its steady state from the start then.
+    """
     question = "Which of the numbers that the earlier steps have printed is the largest, and after which step?"
-    return [
-        Task(id=f"{name}-{number}", question=f"{name}-{number}: {question}", answer=str(number), kind=name)
-        for number in range(count)
-    ]
+    draw = random.Random(f"{name}-{begun}")
+    shares = [draw.random() if number < begun else 1.0 for number in range(count)]
+    ids = [f"{name}-{number}@{share:.4f}" for number, share in enumerate(shares)]
+    return [Task(id=each, question=f"{each}: {question}", answer=each, kind=name) for each in ids]
 
 
-def _replayed(delays: AllDelays, text: str) -> tuple[int, tuple[StepDelay, ...]]:
-    """The number at the beginning of a question or an id, and what is replayed for it."""
-    name, _, number = text.partition(":")[0].rpartition("-")
-    return int(number), delays[name].episode(int(number))
+def replayed(delays: AllDelays, text: str) -> tuple[int, list[StepDelay]]:
+    """The number in a question or an id, and what is replayed for it."""
+    name, _, numbers = text.partition(":")[0].rpartition("-")
+    number, _, share = numbers.partition("@")
+    part = float(share)
+    steps = delays[name].episode(int(number))
+    return int(number), [StepDelay(policy_s=part * step.policy_s, env_s=part * step.env_s) for step in steps]
 
 
 class SimulatedPolicy:
@@ -70,9 +77,9 @@ class SimulatedPolicy:
         self._turns = [_turn(draw) for _ in range(_TURNS)]
 
     async def complete(self, messages: Sequence[Message], sampling: Sampling, *, prefix: str = "") -> list[Completion]:
-        number, replayed = _replayed(self._delays, messages[1].content)
+        number, steps = replayed(self._delays, messages[1].content)
         step = (len(messages) - 2) // 2
-        await asyncio.sleep(replayed[step].policy_s)
+        await asyncio.sleep(steps[step].policy_s)
         return [self._turns[(number + step + i) % _TURNS] for i in range(sampling.n)]
 
     async def close(self) -> None:
@@ -119,7 +126,7 @@ class SleepingEnv:
         self._left: list[StepDelay] = []
 
     async def reset(self, task: Task, seed: int) -> tuple[Observation, dict[str, Any]]:
-        self._left = list(reversed(_replayed(self._delays, task.id)[1]))
+        self._left = replayed(self._delays, task.id)[1][::-1]
         return Observation(text=task.question, kind=ObservationKind.OK), {}
 
     async def step(self, action: str) -> StepResult:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scale_delays import Delays, StepDelay, load, measure, to_json
+from benchmarks.scale_delays import Delays, StepDelay, load, measure, teacher, to_json
 from benchmarks.scale_figures import peak, steady, whole
 from benchmarks.scale_processes import DRIVER, Sample, sampled, spent
-from benchmarks.scale_world import SimulatedPolicy, SleepingEnv, tasks
+from benchmarks.scale_world import SimulatedPolicy, SleepingEnv, replayed, tasks
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.ledger import LedgerWriter
 from rollout.worker import FLUSH_MOST_S, FLUSH_S, flush_s
@@ -43,9 +43,24 @@ def test_a_run_of_tasks_replays_every_measured_episode_once() -> None:
 
 
 def test_an_assumed_teacher_is_slower_in_its_policy_alone() -> None:
-    slow = delays_of((1.0, 2.0)).scaled(5.0, "{factor:g} times as slow")
-    assert slow.source == "5 times as slow"
+    slow = teacher(delays_of((1.0, 2.0)), 5.0)
+    assert "an assumption" in slow.source and "times 5" in slow.source
     assert slow.episodes == ((StepDelay(policy_s=5.0, env_s=0.5), StepDelay(policy_s=10.0, env_s=1.0)),)
+
+
+def test_stragglers_of_a_measurement_are_left_out_of_the_assumption() -> None:
+    assert len(teacher(delays_of((1.0,), (1.0,), (1.0,), (9.0,))).episodes) == 3
+
+
+def test_episodes_that_are_under_way_at_the_start_replay_a_part() -> None:
+    delays = {"a": delays_of((1.0, 3.0))}
+    begun, whole_one = tasks("a", 2, begun=1)
+    share = float(begun.id.partition("@")[2])
+    assert 0 < share < 1
+    assert replayed(delays, begun.question) == (
+        0, [StepDelay(policy_s=share, env_s=share / 2), StepDelay(policy_s=3 * share, env_s=1.5 * share)]
+    )  # fmt: skip
+    assert replayed(delays, whole_one.id) == (1, list(delays["a"].episodes[0]))
 
 
 def test_a_simulated_episode_is_recorded_with_the_delays_that_it_replays_and_can_be_measured_again(
@@ -63,8 +78,8 @@ def test_a_simulated_episode_is_recorded_with_the_delays_that_it_replays_and_can
     LedgerWriter(tmp_path / "ledger", "w").append([trajectory])
     (tmp_path / "again.json").write_text(to_json(measure(tmp_path / "ledger", "this test")))
     [again] = load(tmp_path / "again.json").episodes
-    for step, replayed in zip(again, delays.episodes[0], strict=True):
-        assert step.policy_s >= replayed.policy_s and step.env_s >= replayed.env_s
+    for step, expected in zip(again, delays.episodes[0], strict=True):
+        assert step.policy_s >= expected.policy_s and step.env_s >= replayed.env_s
 
 
 def test_a_file_without_episodes_is_refused(tmp_path: Path) -> None:
@@ -81,8 +96,8 @@ def test_the_steady_window_leaves_ramp_up_and_drain_out() -> None:
     # Two places, each with four episodes of 10 s, the second 5 s behind the first.
     times = [(place * 5.0 + 10.0 * i, place * 5.0 + 10.0 * (i + 1)) for place in (0, 1) for i in range(4)]
     window = steady(times, at_once=2)
-    assert (window.began_s, window.ended_s) == (15.0, 40.0)
-    assert window.episodes == 6
+    assert (window.began_s, window.ended_s) == (10.0, 40.0)
+    assert window.episodes == 7
     assert whole(times).rate == 8 / 45.0
 
 
@@ -91,7 +106,7 @@ def test_the_peak_counts_what_overlaps() -> None:
 
 
 def test_too_few_episodes_are_never_in_a_steady_state() -> None:
-    with pytest.raises(ValueError, match="2 episodes, 2 at once at most: .* at least three for each place"):
+    with pytest.raises(ValueError, match="2 episodes, 2 at once at most: .* at least two for each place"):
         steady([(0.0, 1.0), (0.0, 1.0)], at_once=2)
 
 
@@ -130,7 +145,8 @@ def test_a_tiny_simulation_loses_nothing_and_prints_its_table(tmp_path: Path) ->
     (tmp_path / "delays.json").write_text(to_json(measured))
     command = [
         sys.executable, "benchmarks/scale.py", "--delays-file", str(tmp_path / "delays.json"), "--factor", "5",
-        "--workers", "1,2", "--slots", "10", "--student-rounds", "12", "--rounds", "4", "--sample-s", "0.2",
+        "--workers", "1,2", "--student-workers", "2", "--slots", "10", "--student-rounds", "12", "--rounds", "4",
+        "--sample-s", "0.2",
         "--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "scale.png"),
     ]  # fmt: skip
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
