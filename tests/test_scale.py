@@ -79,7 +79,7 @@ def test_a_simulated_episode_is_recorded_with_the_delays_that_it_replays_and_can
     (tmp_path / "again.json").write_text(to_json(measure(tmp_path / "ledger", "this test")))
     [again] = load(tmp_path / "again.json").episodes
     for step, expected in zip(again, delays.episodes[0], strict=True):
-        assert step.policy_s >= expected.policy_s and step.env_s >= replayed.env_s
+        assert step.policy_s >= expected.policy_s and step.env_s >= expected.env_s
 
 
 def test_a_file_without_episodes_is_refused(tmp_path: Path) -> None:
