@@ -57,6 +57,8 @@ BEAT_S = 1.0
 """How often the feed is asked whether it is there."""
 FINAL_S = 10.0
 """Workers that have not begun when all is recorded are waited for so long."""
+RECORDING_S = 3.0
+"""A worker that was recording when it was lost is given so long, should it live."""
 _AGAIN_S = 0.3
 
 
@@ -295,7 +297,9 @@ class Collection:
 
     def _released(self, worker: _Worker) -> tuple[int, int]:
         """(episodes that it recorded, episodes that went back); what it had recorded but not reported is not run
-        again."""
+        again. It may live on where nobody sees it: from now on it records nothing."""
+        if self._ask("retire", worker.name):
+            time.sleep(RECORDING_S)
         return self._ask("release", worker.name, list(Ledger(self._ledger).keys()))
 
     def _died(self, worker: _Worker, error: Exception) -> None:

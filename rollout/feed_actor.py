@@ -33,9 +33,6 @@ ANSWER_S = 120.0
 AWAY_S = 300.0
 """How long a worker waits for a feed that is started again."""
 AGAIN_S = 0.3
-FRESH_S = 5.0
-"""A worker that has not heard of the feed for so long asks before it records: it may have been taken for dead, and its
-episodes given to others. Ray takes three times as long to lose a node."""
 
 
 class FeedEmptyError(RuntimeError):
@@ -84,6 +81,12 @@ class FeedActor:
     def join(self, worker: str, keys: Sequence[str]) -> list[str]:
         return self._loaded().join(worker, keys)
 
+    def may_record(self, worker: str, keys: Sequence[str]) -> list[str]:
+        return self._loaded().may_record(worker, keys)
+
+    def retire(self, worker: str) -> bool:
+        return self._loaded().retire(worker)
+
     def give_back(self, worker: str, keys: Sequence[str]) -> None:
         self._loaded().give_back(worker, keys)
 
@@ -111,10 +114,7 @@ class RemoteFeed:
     def __init__(self, handle: Any, worker: str) -> None:
         self._handle, self._worker = handle, worker
         self._held: set[str] = set()
-        self._lost: set[str] = set()
-        """What others have now."""
         self._leasing = asyncio.Lock()
-        self._heard_s = time.monotonic()
 
     async def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
         async def lease() -> list[EpisodeRequest] | None:
@@ -140,20 +140,17 @@ class RemoteFeed:
         await self._patiently(lambda: self._ask("stop", reason))
 
     async def still_ours(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Those that may be recorded: not what was given to others while this worker was out of reach."""
-        if time.monotonic() - self._heard_s > FRESH_S:
-            await self._patiently(self._join)
-        return [each for each in trajectories if each.key not in self._lost]
+        """Those that may be recorded: not what was given to others while this worker was taken for dead."""
+        keys = [each.key for each in trajectories]
+        refused = set(await self._patiently(lambda: self._ask("may_record", self._worker, keys)))
+        return [each for each in trajectories if each.key not in refused]
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        answer = await asyncio.wait_for(getattr(self._handle, method).remote(*arguments), ANSWER_S)
-        self._heard_s = time.monotonic()
-        return answer
+        return await asyncio.wait_for(getattr(self._handle, method).remote(*arguments), ANSWER_S)
 
     async def _join(self) -> None:
         async with self._leasing:
-            self._lost.update(await self._ask("join", self._worker, sorted(self._held)))
-            self._held -= self._lost
+            self._held.difference_update(await self._ask("join", self._worker, sorted(self._held)))
 
     async def _patiently(self, ask: Any) -> Any:
         from ray.exceptions import RayActorError

@@ -135,6 +135,7 @@ class TaskFeed:
         self._leases: dict[str, dict[str, EpisodeRequest]] = {}
         self._seen: set[str] = set()
         self._released: set[str] = set()
+        self._recording: set[str] = set()
         self._absent = set(awaited)
         self._join_by_s = time.monotonic() + join_s
         self._progress = CollectProgress(total=found + len(self._waiting), found=found)
@@ -170,6 +171,7 @@ class TaskFeed:
     def done(self, worker: str, summaries: Sequence[EpisodeSummary]) -> None:
         """`worker` has recorded these; a repeated report counts once. Raises `NotJoinedError`."""
         self._check_joined(worker)
+        self._recording.discard(worker)
         progress = self._progress
         for summary in summaries:
             self._leases.get(worker, {}).pop(summary.key, None)
@@ -214,6 +216,21 @@ class TaskFeed:
         self._leases[worker] = mine
         return sorted(wanted - mine.keys())
 
+    def may_record(self, worker: str, keys: Iterable[str]) -> list[str]:
+        """`worker` is about to record these; returns those that it must not, since it does not hold them: it was taken
+        for dead, and others have them. Until `done` it counts as recording. Raises `NotJoinedError`."""
+        self._check_joined(worker)
+        held = {} if worker in self._released else self._leases.get(worker, {})
+        refused = [key for key in keys if key not in held]
+        self._recording.add(worker)
+        return refused
+
+    def retire(self, worker: str) -> bool:
+        """`worker` is dead, or taken for it: it gets nothing more and may record nothing more. Returns whether it was
+        recording something, which may be in the ledger a moment later."""
+        self._released.add(worker)
+        return worker in self._recording
+
     def give_back(self, worker: str, keys: Iterable[str]) -> None:
         """`worker` will not run these: they go to the front of the line. Raises `NotJoinedError`."""
         self._check_joined(worker)
@@ -234,6 +251,7 @@ class TaskFeed:
         recorded = set(recorded_keys)
         self._released.add(worker)
         self._absent.discard(worker)
+        self._recording.discard(worker)
         held = self._leases.pop(worker, {})
         self._progress.workers.pop(worker, None)
         for key in held.keys() & recorded - self._seen:  # it died between recording and reporting
