@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.planning.cost import Line
-from launch.planning.making import ModelMemory, Plan, Stage
 from launch.planning.memory import GIB
+from launch.planning.plans import ModelMemory, Plan, Stage
 from rollout.placement_fit import nodes_in_words, words
 
 MOST_ROWS = 20
