@@ -24,7 +24,7 @@ from typing import Any
 from launch.environment import describe_environment
 from launch.evaluation.intervals import Score
 from launch.report.ledger_figures import NAME_CHARS, LedgerFigures, Tally, read_figures, steps_by_task
-from launch.report.run_files import Kind, LedgerFiles, Role, RunFiles
+from launch.report.run_files import Kind, Role, RunFiles
 from launch.report.samples import failed_samples, read_samples
 from launch.report.settings import text_without_secrets
 from launch.report.span_composition import Composition, compose, tokenizer_folder
