@@ -42,6 +42,10 @@ within `FLUSH_S` and `FLUSH_MOST_S`. A shard, a report and a table for the queue
 ten, and a worker that is killed loses little beside what it had under way."""
 FLUSH_COUNT = 64
 OBSERVE_S = 1.0
+IDLE_S = 0.2
+IDLE_MOST_S = 1.0
+"""Between two times that a worker without work asks for some: more and more, since many of them would keep the feed
+busy with that alone while the last episodes come to their end."""
 LEDGER_PATIENCE_S = 900.0
 """How long a ledger that cannot be written (its disk is full, its store does not answer) is tried again."""
 
@@ -208,6 +212,7 @@ class RolloutWorker:
 
     async def _next(self) -> EpisodeRequest | None:
         async with self._refill:
+            idle_s = IDLE_S
             while not self._requests and not self._ended:
                 got = await self._feed.next(self._name, max(1, self._gate.limit // 2))
                 if got is None:
@@ -215,7 +220,8 @@ class RolloutWorker:
                 elif got:
                     self._requests.extend(got)
                 else:
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(idle_s)
+                    idle_s = min(IDLE_MOST_S, 1.5 * idle_s)
             return self._requests.popleft() if self._requests and not self._ended else None
 
     async def _watch(self) -> None:
