@@ -36,6 +36,7 @@ POLL_S = 0.5
 QUEUE_CAPACITY = 256
 """That of a job by default."""
 START_S = 600.0
+STARTED_AT_ONCE = 4
 TOO_LONG = 20.0
 """So many times the time that the delays alone take, and it is given up."""
 
@@ -56,9 +57,10 @@ class WorkerPool:
         if more > 0:
             began_s = time.monotonic()
             spec = SimulatedSpec(kind="expert", delays=self.delays)
-            added = start_rollout_actors(spec, count=more)
-            self._actors += added
-            ray.get([actor.start.remote() for actor in added], timeout=START_S)
+            while len(self._actors) < count:  # Ray warns of more at a time, and all would only be slower
+                added = start_rollout_actors(spec, count=min(STARTED_AT_ONCE, count - len(self._actors)))
+                self._actors += added
+                ray.get([actor.start.remote() for actor in added], timeout=START_S)
             self.start_s.append((more, time.monotonic() - began_s))
         return self._actors[:count]
 
