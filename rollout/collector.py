@@ -53,6 +53,8 @@ RESTART_S = 300.0
 """How long too few workers are waited for: Ray may take its time to start one again, a cluster to bring a node."""
 TELL_S = 30.0
 """A worker that stays away for longer is told of."""
+SHORT_S = 10.0
+"""When there are too few for longer, that is told."""
 BEAT_S = 1.0
 """How often the feed is asked whether it is there."""
 FINAL_S = 10.0
@@ -158,6 +160,7 @@ class Collection:
         self._numbers, self._slots = itertools.count(), itertools.count()
         self._short_s: float | None = None
         """Since when there are fewer than `least`."""
+        self._short_told = False
         self._all_recorded_s: float | None = None
         for actor in actors:
             self._enter(actor, None, None)
@@ -396,9 +399,10 @@ class Collection:
                     self.say(f"rollout worker {each.number} stays away: {present} go on without it")
             return
         if self._short_s is None:
-            self._short_s = now_s
-            if away and self._least > 1 or not away:
-                self.say(f"{present} of at least {self._least} rollout workers are left: {RESTART_S:g} s to come back")
+            self._short_s, self._short_told = now_s, False
+        if not self._short_told and now_s - self._short_s > SHORT_S:
+            self._short_told = True
+            self.say(f"{present} rollout workers are left: waiting {RESTART_S - SHORT_S:.0f} s at most for one to come")
         if now_s - self._short_s > RESTART_S:
             who = ", ".join(str(each.number) for each in away)
             if present == 0 and len(away) == 1:

@@ -24,7 +24,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.bounds import check_bounds
@@ -94,13 +94,16 @@ def actor_group(
     num_gpus: float = 0.0,
     strategy: Strategy = "PACK",
     less: str = "",
+    separate: bool = False,
 ) -> Group:
-    """`count` actors alike; the numbers and the strategy are the role's defaults."""
+    """`count` actors alike; the numbers and the strategy are the role's defaults. `separate`: where no strategy is
+    configured."""
     return Group(
         who=who,
         what=what,
         bundles=(resources.bundle(num_cpus=num_cpus, num_gpus=num_gpus),) * count,
         strategy=resources.strategy or strategy,
+        separate=separate and resources.strategy is None,
         labels=resources.labels,
         less=less,
     )
@@ -149,6 +152,7 @@ def engine_groups(
                 what="engines",
                 bundles=(bundle,) * engines,
                 strategy=resources.strategy or "PACK",
+                separate=resources.strategy is None,
                 labels=resources.labels,
                 remedy=remedy,
                 less=f"{sizes}the number of engines ({key}data_parallel_size, rollout.workers)"
@@ -175,16 +179,21 @@ def engine_groups(
 class Reservation:
     """A group that has its place. The actors in it must have ended before it is released."""
 
-    def __init__(self, group: Group, handle: Any) -> None:
+    def __init__(self, group: Group, handles: Sequence[Any]) -> None:
+        """`handles`: Ray's placement groups, one, or one for each bundle; none where the group asks for nothing."""
         self.group = group
-        self.handle = handle
-        """Ray's placement group; None where the group asks for nothing."""
+        self._handles = dict(enumerate(handles))
         self._users = 0
+
+    @property
+    def handle(self) -> Any:
+        """Ray's placement group of all of it; None where the group asks for nothing."""
+        return self._handles.get(0)
 
     def options(self, index: int = 0) -> dict[str, Any]:
         """Of the Ray actor in that bundle; of an engine over several bundles, of the actor that starts its ranks."""
         bundle = self.group.bundles[index]
-        if self.handle is None:
+        if not self._handles:
             options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
             if self.group.strategy == "SPREAD":
                 options["scheduling_strategy"] = "SPREAD"
@@ -194,7 +203,9 @@ class Reservation:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         strategy = PlacementGroupSchedulingStrategy(
-            self.handle, placement_group_bundle_index=index, placement_group_capture_child_tasks=self.group.whole
+            self._handles[index if self.group.separate else 0],
+            placement_group_bundle_index=0 if self.group.separate else index,
+            placement_group_capture_child_tasks=self.group.whole,
         )
         if self.group.whole:
             return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
@@ -209,20 +220,26 @@ class Reservation:
         """One more actor lives here."""
         self._users += 1
 
-    def leave(self) -> None:
-        """One less; with the last one it is released."""
+    def leave(self, index: int = 0) -> None:
+        """One less, that of this bundle; with the last one all is released."""
         self._users -= 1
         if self._users <= 0:
             self.release()
+        elif self.group.separate and index in self._handles:
+            _remove(self._handles.pop(index))
 
     def release(self) -> None:
         """Give it back; may be called twice."""
-        if self.handle is not None:
-            from ray.util.placement_group import remove_placement_group
+        for handle in self._handles.values():
+            _remove(handle)
+        self._handles = {}
 
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                remove_placement_group(self.handle)
-            self.handle = None
+
+def _remove(handle: Any) -> None:
+    from ray.util.placement_group import remove_placement_group
+
+    with contextlib.suppress(Exception):  # the cluster may be gone
+        remove_placement_group(handle)
 
 
 def places(reservations: Sequence[Reservation]) -> Iterator[tuple[Reservation, int]]:
@@ -241,12 +258,19 @@ def reserve(
     """All of `groups`, or none: one `Reservation` each. `grows`: an autoscaler may add nodes, so nothing is refused
     because there is no node for it yet. Raises `PlacementError`.
     """
-    asking = [group for group in groups if group.asks]
     if not grows:
         check([group for group in groups if group.asks or group.labels], cluster_nodes())
-    handles = _take(asking, timeout_s, say, grows) if asking else []
-    by_group = dict(zip(map(id, asking), handles, strict=True))
-    return [Reservation(group, by_group.get(id(group))) for group in groups]
+    parts = [(i, part) for i, group in enumerate(groups) if group.asks for part in _parts(group)]
+    handles = _take([part for _, part in parts], timeout_s, say, grows) if parts else []
+    found: dict[int, list[Any]] = {}
+    for (i, _), handle in zip(parts, handles, strict=True):
+        found.setdefault(i, []).append(handle)
+    return [Reservation(group, found.get(i, [])) for i, group in enumerate(groups)]
+
+
+def _parts(group: Group) -> list[Group]:
+    """What has a placement group of its own."""
+    return [replace(group, bundles=(bundle,)) for bundle in group.bundles] if group.separate else [group]
 
 
 class Wish:
@@ -276,14 +300,18 @@ class Wish:
                     self._waiting[self._handles[i].ready()] = i
         if self._waiting:
             return None
-        found = [Reservation(group, handle) for group, handle in zip(self._groups, self._handles, strict=True)]
+        found = [
+            Reservation(group, [] if handle is None else [handle])
+            for group, handle in zip(self._groups, self._handles, strict=True)
+        ]
         self._handles = []
         return found
 
     def cancel(self) -> None:
         """Ask no longer; does nothing to what was taken."""
-        for group, handle in zip(self._groups, self._handles, strict=False):
-            Reservation(group, handle).release()
+        for handle in self._handles:
+            if handle is not None:
+                _remove(handle)
         self._handles, self._waiting = [], {}
 
 
@@ -319,7 +347,7 @@ def _take(groups: Sequence[Group], timeout_s: float, say: Callable[[str], None],
         return [handles[i] for i in range(len(groups))]
     except BaseException:
         for handle in handles.values():
-            Reservation(groups[0], handle).release()
+            _remove(handle)
         raise
 
 
@@ -363,9 +391,14 @@ def _pinned(group: Group, torn: Any) -> Any:
     return _placement_group(group, [nodes[place].key for place in places[0]])
 
 
+def _wants(groups: Sequence[Group]) -> str:
+    told = Counter(group.wants() for group in groups)
+    return "; ".join(f"{count} times: {wants}" if count > 1 else wants for wants, count in told.items())
+
+
 def _not_free(groups: Sequence[Group], timeout_s: float, grows: bool) -> str:
     nodes = cluster_nodes()
-    wants = "; ".join(group.wants() for group in groups)
+    wants = _wants(groups)
     came = "neither free nor added by the autoscaler" if grows else "not free"
     return (
         f"{wants}; that was {came} within {timeout_s:g} s; now there is: {nodes_in_words(nodes, free=True)}; end "
@@ -374,7 +407,7 @@ def _not_free(groups: Sequence[Group], timeout_s: float, grows: bool) -> str:
 
 
 def _waits(groups: Sequence[Group], left_s: float, grows: bool) -> str:
-    wants = "; ".join(group.wants() for group in groups)
+    wants = _wants(groups)
     who = "the autoscaler, or until others end" if grows else "others to end"
     return f"waiting for {who}, {left_s:.0f} s at most: {wants}"
 

@@ -70,6 +70,8 @@ class Group:
     """So many bundles that follow one another must share a node: the ranks of a tensor-parallel group."""
     whole: bool = False
     """All bundles are of one actor, which starts the rest of itself: a pipeline engine."""
+    separate: bool = False
+    """Each bundle is reserved by itself: when its node is lost, it finds another one without the rest."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Label -> what a node must have there, in Ray's words: "a", "!a", "in(a, b)", "!in(a, b)"."""
     remedy: str = ""

@@ -31,8 +31,8 @@ from rollout.weight_loading import Loaded, WeightLoader, Weights
 from rollout.weight_sync import WorkerBusyError
 from rollout.worker import RolloutWorker
 
-_reserved: dict[Any, Reservation] = {}
-"""Rollout actor -> where its place is."""
+_reserved: dict[Any, tuple[Reservation, int]] = {}
+"""Rollout actor -> where its place is: the reservation, and the number of its bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def start_rollout_actors(
         )
         actors.append(actor.remote(spec, meter, run))
         reservation.use()
-        _reserved[actors[-1]] = reservation
+        _reserved[actors[-1]] = reservation, index
     return actors
 
 
@@ -225,7 +225,8 @@ def policy_groups(spec: PolicySpec, *, who: str, count: int, resources: RoleReso
             resources=resources,
             key=key,
         )
-    return [actor_group(who=who, what="workers", count=count, resources=dataclasses.replace(resources, num_gpus=None))]
+    without = dataclasses.replace(resources, num_gpus=None)
+    return [actor_group(who=who, what="workers", count=count, resources=without, separate=True)]
 
 
 def stop_rollout_actors(actors: Sequence[Any]) -> None:
@@ -234,5 +235,6 @@ def stop_rollout_actors(actors: Sequence[Any]) -> None:
 
     for actor in actors:
         ray.kill(actor)
-        if (reservation := _reserved.pop(actor, None)) is not None:
-            reservation.leave()
+        if (place := _reserved.pop(actor, None)) is not None:
+            reservation, index = place
+            reservation.leave(index)
