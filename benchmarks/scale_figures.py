@@ -1,9 +1,9 @@
 """What the episodes of a collection say about it, by their begin and end alone: how many were under way at once, when
 it was in its steady state, how many ended a second.
 
-The steady window begins when `SETTLED` of the places have ended an episode (the first ones are begun in the middle:
-`scale_world.tasks`), and ends when the number under way falls for good below `FULL` of the places (there is nothing
-left to start). Ramp-up and drain are outside of it.
+The steady window begins when as many episodes have ended as are `SETTLED` of the places (the first ones are begun in
+the middle: `scale_world.tasks`), and ends when `BEGUN` of all have begun: from then on places are empty now and then.
+Ramp-up and drain are outside of it.
 
 Example::
 
@@ -14,13 +14,14 @@ Example::
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 SETTLED = 0.25
-FULL = 0.95
+BEGUN = 0.95
 Times = Sequence[tuple[float, float]]
 """[n] (begin, end) of each episode, Unix time."""
 
@@ -50,6 +51,18 @@ def whole(times: Times) -> Window:
     return Window(began_s=min(times)[0], ended_s=max(end for _, end in times), episodes=len(times))
 
 
+def pure(lengths_s: Sequence[float], places: int) -> Times:
+    """When episodes of these lengths begin and end where nothing but them takes time: in order, each in the place that
+    is free first."""
+    free = [0.0] * places
+    times = []
+    for length_s in lengths_s:
+        begin = heapq.heappop(free)
+        times.append((begin, begin + length_s))
+        heapq.heappush(free, begin + length_s)
+    return times
+
+
 def under_way(times: Times) -> list[tuple[float, int]]:
     """(when, how many from then on) at each change, in order."""
     changes = sorted([(begin, 1) for begin, _ in times] + [(end, -1) for _, end in times])
@@ -64,15 +77,14 @@ def peak(times: Times) -> int:
 
 def steady(times: Times, *, at_once: int) -> Window:
     """Raises `ValueError` when there was no such time: too few episodes for so many places."""
-    ends = sorted(end for _, end in times)
-    changes = under_way(times)
-    full = [falls for (_, count), (falls, _) in pairwise(changes) if count >= FULL * at_once]
+    begins, ends = sorted(begin for begin, _ in times), sorted(end for _, end in times)
     settled = max(1, round(SETTLED * at_once))
-    if len(ends) < settled or not full or full[-1] <= ends[settled - 1]:
+    last = round(BEGUN * len(times)) - 1
+    if len(times) < settled or begins[last] <= ends[settled - 1]:
         raise ValueError(
             f"{len(times)} episodes, {at_once} at once at most: it is never in a steady state; give at least two for "
             "each place"
         )
-    began_s, ended_s = ends[settled - 1], full[-1]
+    began_s, ended_s = ends[settled - 1], begins[last]
     count = bisect_right(ends, ended_s) - bisect_left(ends, began_s)
     return Window(began_s=began_s, ended_s=ended_s, episodes=count)

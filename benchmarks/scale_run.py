@@ -25,7 +25,7 @@ from benchmarks import scale_figures
 from benchmarks.scale_consumer import Consumed, start_consumer
 from benchmarks.scale_figures import Window
 from benchmarks.scale_processes import Sample, peak_memory_mb, spent
-from benchmarks.scale_world import NAME, AllDelays, SimulatedSpec, deadline_s, sleeping_envs, tasks
+from benchmarks.scale_world import NAME, AllDelays, SimulatedSpec, deadline_s, lengths_s, sleeping_envs, tasks
 from launch.joint_collection import JointCollection
 from rollout.collector import Collection, missing_requests, start_rollout_actors, stop_rollout_actors
 from rollout.episode import EpisodeSettings
@@ -88,6 +88,8 @@ class Figures:
     """What a collection was and cost. Processor seconds by role of the steady window."""
 
     steady: Window
+    limit: float
+    """Episodes a second of the steady window, if nothing but the delays of the same episodes took time."""
     whole: Window
     peak: int
     cpu_s: dict[str, float]
@@ -102,6 +104,11 @@ class Figures:
     def cores(self, role: str) -> float:
         """Processor seconds a second of the steady window."""
         return self.cpu_s.get(role, 0.0) / self.cpu_s["wall"]
+
+    @property
+    def share(self) -> float:
+        """Of `limit` that was reached."""
+        return self.steady.rate / self.limit
 
     def ms_per_episode(self, role: str) -> float:
         return 1000 * self.cores(role) / self.steady.rate
@@ -124,6 +131,8 @@ class Run:
     episodes: int
     steps: int
     times: tuple[tuple[float, float], ...]
+    pure: tuple[tuple[float, float], ...]
+    """The same if nothing but the delays took time; from 0."""
     looks: tuple[Look, ...]
     consumed: Consumed
     put_waits: int
@@ -148,6 +157,7 @@ class Run:
         looks = [look for look in self.looks if window.began_s <= look.unix_s <= window.ended_s] or self.looks
         return Figures(
             steady=window,
+            limit=scale_figures.steady(self.pure, at_once=self.at_once).rate,
             whole=whole,
             peak=scale_figures.peak(self.times),
             cpu_s=spent(samples, window.began_s, window.ended_s),
@@ -169,6 +179,7 @@ def simulate(pool: WorkerPool, name: str, *, workers: int, slots: int, episodes_
     delays = pool.delays[name]
     actors = pool.first(workers)
     count = round(workers * slots * episodes_per_slot)
+    chosen = tasks(name, count, begun=workers * slots)
     settings = EpisodeSettings(max_steps=delays.most_steps, deadline_s=deadline_s(delays))
     folder = Path(tempfile.mkdtemp(prefix="scale-benchmark-"))
     ledger, looks = folder / "ledger", []
@@ -177,9 +188,7 @@ def simulate(pool: WorkerPool, name: str, *, workers: int, slots: int, episodes_
     try:
         ray.get(consumer.progress.remote(), timeout=START_S)
         began_s = time.monotonic()
-        requests, found = missing_requests(
-            tasks(name, count, begun=workers * slots), policy=NAME, settings=settings, ledger=Ledger(ledger), samples=1
-        )
+        requests, found = missing_requests(chosen, policy=NAME, settings=settings, ledger=Ledger(ledger))
         collection = JointCollection({
             NAME: Collection(
                 actors, sleeping_envs(pool.delays), requests, found=found, settings=settings, ledger=ledger,
@@ -211,10 +220,12 @@ def simulate(pool: WorkerPool, name: str, *, workers: int, slots: int, episodes_
                 f"{failed} failed"
             )
         shards = list((ledger / "shards").glob("*.parquet"))
+        pure = scale_figures.pure(lengths_s(pool.delays, chosen), workers * slots)
         return Run(
             name=name, workers=workers, slots=slots, episodes=count, steps=steps, times=tuple(times),
-            looks=tuple(looks), consumed=consumed, put_waits=put_waits, prepare_s=prepare_s, shards=len(shards),
-            ledger_bytes=sum(shard.stat().st_size for shard in shards), row_bytes=_row_bytes(ledger), keys_s=keys_s,
+            pure=tuple(pure), looks=tuple(looks), consumed=consumed, put_waits=put_waits, prepare_s=prepare_s,
+            shards=len(shards), ledger_bytes=sum(shard.stat().st_size for shard in shards),
+            row_bytes=_row_bytes(ledger), keys_s=keys_s,
         )  # fmt: skip
     finally:
         ray.kill(consumer)

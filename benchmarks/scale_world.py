@@ -46,12 +46,13 @@ AllDelays = Mapping[str, Delays]
 def tasks(name: str, count: int, *, begun: int = 0) -> list[Task]:
     """Their ids, with which their questions begin, tell policy and env what to replay: name, number, share.
 
-    The first `begun` replay the end of an episode only, a share of all its delays that is drawn evenly: as if they had
+    The first `begun` replay a part of an episode only, the shares evenly spread between none and all: as if they had
     been under way for a while. A collection is in its steady state from the start then.
     """
     question = "Which of the numbers that the earlier steps have printed is the largest, and after which step?"
-    draw = random.Random(f"{name}-{begun}")
-    shares = [draw.random() if number < begun else 1.0 for number in range(count)]
+    shares = [(number + 0.5) / begun for number in range(begun)]
+    random.Random(f"{name}-{begun}").shuffle(shares)
+    shares += [1.0] * (count - begun)
     ids = [f"{name}-{number}@{share:.4f}" for number, share in enumerate(shares)]
     return [Task(id=each, question=f"{each}: {question}", answer=each, kind=name) for each in ids]
 
@@ -63,6 +64,11 @@ def replayed(delays: AllDelays, text: str) -> tuple[int, list[StepDelay]]:
     part = float(share)
     steps = delays[name].episode(int(number))
     return int(number), [StepDelay(policy_s=part * step.policy_s, env_s=part * step.env_s) for step in steps]
+
+
+def lengths_s(delays: AllDelays, chosen: Sequence[Task]) -> list[float]:
+    """All delays of each of these."""
+    return [sum(step.policy_s + step.env_s for step in replayed(delays, task.id)[1]) for task in chosen]
 
 
 class SimulatedPolicy:

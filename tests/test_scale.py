@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scale_delays import Delays, StepDelay, load, measure, teacher, to_json
-from benchmarks.scale_figures import peak, steady, whole
+from benchmarks.scale_figures import peak, pure, steady, whole
 from benchmarks.scale_processes import DRIVER, Sample, sampled, spent
 from benchmarks.scale_world import SimulatedPolicy, SleepingEnv, replayed, tasks
 from rollout.episode import EpisodeSettings, run_episode
@@ -96,9 +96,13 @@ def test_the_steady_window_leaves_ramp_up_and_drain_out() -> None:
     # Two places, each with four episodes of 10 s, the second 5 s behind the first.
     times = [(place * 5.0 + 10.0 * i, place * 5.0 + 10.0 * (i + 1)) for place in (0, 1) for i in range(4)]
     window = steady(times, at_once=2)
-    assert (window.began_s, window.ended_s) == (10.0, 40.0)
-    assert window.episodes == 7
+    assert (window.began_s, window.ended_s) == (10.0, 35.0)
+    assert window.episodes == 6
     assert whole(times).rate == 8 / 45.0
+
+
+def test_episodes_that_only_wait_take_the_place_that_is_free_first() -> None:
+    assert pure([3.0, 1.0, 1.0, 2.0], 2) == [(0.0, 3.0), (0.0, 1.0), (1.0, 2.0), (2.0, 4.0)]
 
 
 def test_the_peak_counts_what_overlaps() -> None:
@@ -154,5 +158,5 @@ def test_a_tiny_simulation_loses_nothing_and_prints_its_table(tmp_path: Path) ->
     assert "teacher: 2 workers, 80 episodes" in ran.stdout
     rows = {row["what"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert rows["episodes under way at one moment, at most"]["measured"] == 20
-    assert rows["2 workers: of 2 x the smallest"]["measured"] > 1 / 2
+    assert rows["2 workers: linear, beside 1"]["measured"] > 1 / 2
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
