@@ -14,11 +14,13 @@ Example::
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from launch.patient_lines import PatientLines
 
 NAME = "events.jsonl"
 
@@ -41,47 +43,40 @@ class EventRecord:
     """Appends to `folder`/events.jsonl; for any thread. `say` is told each event in words."""
 
     def __init__(self, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> None:
-        self._path, self._say = folder / NAME, say
-        self._lock = threading.Lock()
-        self._unwritten: list[Event] = []
-        self.count = 0
-        """Of this job."""
+        self._lines, self._say = PatientLines(folder / NAME), say
 
     def tell(self, what: str, words: str, *, away_s: float | None = None) -> None:
         away_s = None if away_s is None else round(away_s, 1)
-        with self._lock:
-            self._unwritten.append(Event(unix_s=round(time.time(), 1), what=what, words=words, away_s=away_s))
-            self.count += 1
-            self._flush()
+        self._lines.add(asdict(Event(unix_s=round(time.time(), 1), what=what, words=words, away_s=away_s)))
         self._say(words if away_s is None else f"{words} (away for {away_s:g} s)")
 
     def close(self) -> None:
         """A last attempt to write what could not be written."""
-        with self._lock:
-            self._flush()
-
-    def _flush(self) -> None:
-        lines = "".join(json.dumps(asdict(event)) + "\n" for event in self._unwritten)
-        if not lines:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # A line that a full disk or a kill has torn is ended first.
-            torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n") and self._path.stat().st_size
-            with open(self._path, "a") as file:
-                file.write(("\n" if torn else "") + lines)
-        except OSError:
-            return
-        self._unwritten.clear()
+        self._lines.close()
 
 
 def read_events(folder: Path) -> list[Event]:
-    """Of all jobs on that folder, in order, each once; lines that were torn are passed over."""
+    """Of all jobs on that folder, in order; lines that were torn are passed over."""
     path = folder / NAME
-    found: dict[Event, None] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    return events_of(_objects(path.read_text(errors="replace")) if path.exists() else ())
+
+
+def events_of(rows: Iterable[Mapping[str, Any]]) -> list[Event]:
+    """Of the lines of an events.jsonl; those of another shape are passed over."""
+    found = []
+    for row in rows:
         try:
-            found[Event(**json.loads(line))] = None
-        except (ValueError, TypeError):
+            found.append(Event(**row))
+        except TypeError:
             continue
     return sorted(found, key=lambda event: event.unix_s)
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row

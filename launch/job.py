@@ -7,6 +7,7 @@ student folder -> vLLM worker <-> the same env hosts -> scores -> results.json
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import EnvError
+from launch.actor_watch import ActorWatch
 from launch.cluster import ClusterError, ray_cluster
 from launch.config import DistillConfig
 from launch.config_reading import to_plain
@@ -22,10 +24,14 @@ from launch.evaluation.during_training import LiveEvaluation, start_live_evaluat
 from launch.evaluation.intervals import Score
 from launch.evaluation.scoring import EvaluationError, run_evaluation, student_settings, student_spec
 from launch.evaluation.student_scores import StudentScores, StudentWorkers, validation_tasks
+from launch.events import EventRecord
 from launch.joint_collection import JointCollection
+from launch.learning_trouble import LearningTrouble
 from launch.live.job_views import distill_view
 from launch.live.ray_metrics import metrics_url
+from launch.live.status_file import NAME as STATUS
 from launch.live.view import LiveView
+from launch.patient_lines import PatientLines
 from launch.placement import Placed, place_job, service_options
 from launch.report import draw_learning_curve, reported, score_table, scores_to_json
 from launch.reuse import reuse
@@ -42,13 +48,16 @@ from rollout.collector import CollectionError, Weights, stop_rollout_actors
 from rollout.curation import Curation, describe
 from rollout.ledger import Ledger, LedgerError
 from rollout.placement import PlacementError
-from rollout.trajectory_queue import TrajectoryQueue
+from rollout.trajectory_queue import QueueError, TrajectoryQueue
 
 FINAL = "final"
 LEARNING = "the teacher acts, the student learns"
 
 
-TROUBLE = (ClusterError, CollectionError, EvaluationError, LearnerError, EnvError, LedgerError, PlacementError)
+TROUBLE = (
+    ClusterError, CollectionError, EvaluationError, LearnerError, EnvError, LedgerError, PlacementError, QueueError,
+    OSError,
+)  # fmt: skip
 
 
 class JobError(RuntimeError):
@@ -57,20 +66,26 @@ class JobError(RuntimeError):
 
 def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     """Everything from tasks to `results.json`. Raises `JobError`; whatever it started is ended in any case."""
+    silent_s = _silent_s(folder) if resumed else None
     with reported(folder.path, ledgers=folder.place), distill_view(config, folder) as view:
-        _run_job(config, folder, view, resumed=resumed)
+        _run_job(config, folder, view, resumed=resumed, silent_s=silent_s)
 
 
-def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resumed: bool) -> None:
+def _run_job(
+    config: DistillConfig, folder: RunFolder, view: LiveView, *, resumed: bool, silent_s: float | None
+) -> None:
     started_s = time.monotonic()
     world = load_world(config, folder.index)
     view.say(f"run {folder.place}: recipe {config.recipe}, seed {config.seed}")
     if resumed:
         view.say(_found(folder, config.episodes_of(len(world.train))))
+    events = EventRecord(folder.path, say=view.warn)
     if folder.results.exists():
         view.say("this run is complete; its scores:")
         _show(view, json.loads(folder.results.read_text()), folder)
         return
+    if silent_s is not None:
+        events.tell("job", "an earlier job ended before it was done; this one goes on", away_s=silent_s)
     try:
         with ray_cluster(config.cluster, variables=config.variables()) as what:
             view.say(f"Ray: {what}")
@@ -81,19 +96,12 @@ def _run_job(config: DistillConfig, folder: RunFolder, view: LiveView, *, resume
                 assigned = assignments(config, world.train, Ledger(folder.ledger))
             placed = place_job(config, assigned, trained=(folder.learner / "final.json").exists(), say=view.say)
             environments = start_environments(config, world, assigned, placed)
-            stages = _Stages(config, folder, world, environments, view, assigned, placed)
+            stages = _Stages(config, folder, world, environments, view, assigned, placed, events)
             view.plan(LEARNING, *stages.evaluations())
-            learned = stages.learn()
-            scores = stages.evaluate()
-    except (
-        ClusterError,
-        CollectionError,
-        EvaluationError,
-        LearnerError,
-        EnvError,
-        LedgerError,
-        PlacementError,
-    ) as error:
+            with ActorWatch(events):
+                learned = stages.learn()
+                scores = stages.evaluate()
+    except TROUBLE as error:
         raise JobError(str(error)) from error
     folder.gather()
     results = _results(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
@@ -125,9 +133,10 @@ class _Stages:
         view: LiveView,
         assigned: list[Assignment],
         placed: Placed,
+        events: EventRecord,
     ) -> None:
         self.config, self.folder, self.world, self.environments, self.view = config, folder, world, environments, view
-        self.assigned, self.placed = assigned, placed
+        self.assigned, self.placed, self.events = assigned, placed, events
         self.teachers: list[list[Any]] = []
         self.meter = JobMeter.start(config, folder.spend)
 
@@ -207,40 +216,41 @@ class _Stages:
         scores: StudentScores | LiveEvaluation | None,
     ) -> None:
         began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
-        first_step, collected, last_step, restarts = self.folder.first_step, False, -1, 0
-        with open(self.folder.metrics, "a") as metrics:
-            while not (collected and learner.finished()):
-                self.folder.check()
-                if collected:
-                    time.sleep(0.5)
-                else:
-                    collected = collection.poll(timeout_s=0.5)
-                if collected or learner.finished():  # a learner that has enough must not leave the workers waiting
-                    queue.close()
-                if learner.prepare_for_loss(collection.draining()):
-                    self.view.say("a node of the learner is to go: it writes a checkpoint")
-                if scores is not None:
-                    scores.serve(learner)
-                learned, seen = learner.progress(), collection.progress()
-                waiting = queue.stats()
-                self.view.update(
-                    episodes=seen, by_policy=collection.by_name(), queue=waiting, learning=learned,
-                    spent=self.meter.snapshot() if self.meter else None, last=collected and learner.finished(),
-                )  # fmt: skip
-                if seen.stopped:
-                    raise CollectionError(seen.stopped)
-                if learned.restarts > restarts:
-                    restarts = learned.restarts
-                    self.view.warn("a rank of the learner died; all of them start again from the last checkpoint")
-                if learned.first_step_unix_s is not None and not first_step.exists():
+        first_step, collected, last_step = self.folder.first_step, False, -1
+        trouble = LearningTrouble(self.events)
+        metrics = PatientLines(self.folder.metrics)
+        while not (collected and learner.finished()):
+            self.folder.check()
+            if collected:
+                time.sleep(0.5)
+            else:
+                collected = collection.poll(timeout_s=0.5)
+            if collected or learner.finished():  # a learner that has enough must not leave the workers waiting
+                queue.close()
+            if learner.prepare_for_loss(collection.draining()):
+                self.view.say("a node of the learner is to go: it writes a checkpoint")
+            if scores is not None:
+                scores.serve(learner)
+            learned, seen = learner.progress(), collection.progress()
+            waiting = queue.stats()
+            self.view.update(
+                episodes=seen, by_policy=collection.by_name(), queue=waiting, learning=learned,
+                spent=self.meter.snapshot() if self.meter else None, last=collected and learner.finished(),
+            )  # fmt: skip
+            if seen.stopped:
+                raise CollectionError(seen.stopped)
+            if trouble.look(learned, seen):
+                self.view.warn("a rank of the learner died; all of them start again from the last checkpoint")
+            if learned.first_step_unix_s is not None and not first_step.exists():
+                with contextlib.suppress(OSError):  # a full disk; it is written the next time
                     write_json(first_step, {"unix_s": learned.first_step_unix_s})
-                if learned.step != last_step:
-                    last_step = learned.step
-                    row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
-                    row["queue_depth"] = waiting.depth
-                    row |= {name: getattr(learned, name) for name in _METRICS}
-                    metrics.write(json.dumps(row, default=dict) + "\n")
-                    metrics.flush()
+            if learned.step != last_step:
+                last_step = learned.step
+                row = {"minutes": (time.monotonic() - began_s) / 60, "recorded": seen.finished, "total": seen.total}
+                row["queue_depth"] = waiting.depth
+                metrics.add(row | {name: getattr(learned, name) for name in _METRICS})
+        metrics.close()
+        trouble.close()
 
     def evaluate(self) -> dict[str, dict[str, Score]]:
         """Scores of the untrained student, the distilled one in both modes, and the teacher."""
@@ -364,9 +374,17 @@ def _first_step(folder: RunFolder, total: int) -> dict[str, Any]:
 
 
 def _minutes_so_far(metrics: Path) -> float:
-    """Where an earlier job's clock stopped."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return float(json.loads(lines[-1])["minutes"]) if lines else 0.0
+    """Where an earlier job's clock stopped; a line that was torn when it died does not count."""
+    for line in reversed(metrics.read_text(errors="replace").splitlines() if metrics.exists() else []):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return float(json.loads(line)["minutes"])
+    return 0.0
+
+
+def _silent_s(folder: RunFolder) -> float | None:
+    """Since an earlier job last wrote how it stood; None where none came so far."""
+    status = folder.path / STATUS
+    return max(0.0, time.time() - status.stat().st_mtime) if status.exists() else None
 
 
 def _results(

@@ -1,6 +1,6 @@
 """`StreamSource`: what the learner is handed. First what an earlier run recorded, then the live queue, then a last
 look into the ledger for what was recorded but never arrived (a worker may die between the two). Each trajectory comes
-once.
+once. A queue that was started again sends it back to the ledger as well: what the queue had is there.
 
 What curation removes is handed over as one that did not succeed, which the learner refuses: its schedule goes by how
 many trajectories have arrived. Filters that compare trajectories cannot judge a stream; they are not applied here.
@@ -16,7 +16,7 @@ from pathlib import Path
 from rollout.curation import Curation
 from rollout.ledger import Ledger
 from rollout.trajectory import Trajectory
-from rollout.trajectory_queue import TrajectoryQueue
+from rollout.trajectory_queue import QueueRestartedError, TrajectoryQueue
 
 
 class StreamSource:
@@ -30,7 +30,7 @@ class StreamSource:
         self._streaming = queue is not None
 
     def next(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
-        """See `learner.base.TrajectorySource`. Raises what the queue raises when its actor is gone."""
+        """See `learner.base.TrajectorySource`. Raises `QueueError` when the queue's actor is gone for good."""
         if self._waiting is None:
             self._waiting = deque(self._recorded())
         if self._waiting:
@@ -38,7 +38,11 @@ class StreamSource:
         if not self._streaming:
             return None
         assert self._queue is not None
-        arrived = self._queue.get(max_trajectories, timeout_s)
+        try:
+            arrived = self._queue.get(max_trajectories, timeout_s)
+        except QueueRestartedError:
+            self._waiting = deque(self._recorded())
+            return [self._waiting.popleft() for _ in range(min(max_trajectories, len(self._waiting)))]
         if arrived is None:
             self._streaming = False
             self._waiting = deque(self._recorded())

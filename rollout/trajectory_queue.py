@@ -3,7 +3,8 @@
 `TrajectoryBuffer` is the queue itself: plain asyncio, no Ray. `TrajectoryQueue` is the small picklable handle that
 rollout workers and the learner hold; behind it one Ray actor runs the buffer. The queue is not durable and need not
 be: whatever goes in is in the ledger already, so a queue that dies costs no trajectory, only the time to read the
-ledger again.
+ledger again. Ray starts its actor again, empty and open; producers and consumers wait for it, and consumers are told by
+`QueueRestartedError` that they must read the ledger. Whoever had closed it must close it again.
 
 Tables travel as Arrow tables (`rollout.records`). The actor puts every table into the object store itself and so owns
 it: a producer that dies takes nothing with it (objects of a dead owner are lost in Ray).
@@ -20,6 +21,8 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,10 @@ PUT_TIMEOUT_S = 3600.0
 """How long a full queue may hold a producer back by default: a learner may be in a long step."""
 _GRACE_S = 30.0
 """What a remote call may take beyond the wait that it was asked for."""
+RESTART_S = 180.0
+"""How long a queue that is started again, or that the network has cut off, is waited for."""
+_AWAY_S = 0.5
+"""Between two calls to a queue that is away."""
 
 
 class QueueFullError(TimeoutError):
@@ -42,6 +49,10 @@ class QueueFullError(TimeoutError):
 
 class QueueError(RuntimeError):
     """The queue's actor is gone or does not answer. What was in it is in the ledger."""
+
+
+class QueueRestartedError(QueueError):
+    """The queue was started again, or what it held can no longer be had: read the ledger, then go on with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,14 +192,19 @@ class _BufferActor:
     def __init__(self, capacity: int) -> None:
         import ray
 
+        self._life = uuid.uuid4().hex  # another one after each start
         # ray.put here, and not in the producer: the owner of an object takes it along when it dies.
         self._buffer = TrajectoryBuffer(capacity, store=ray.put)
 
     async def put(self, table: pa.Table, timeout_s: float) -> bool:
         return await self._buffer.put(table, timeout_s)
 
-    async def get(self, max_trajectories: int, timeout_s: float) -> list[tuple[Any, int, int]] | None:
-        return await self._buffer.get(max_trajectories, timeout_s)
+    async def get(
+        self, max_trajectories: int, timeout_s: float, life: str
+    ) -> tuple[str, list[tuple[Any, int, int]] | None]:
+        """Which life of the queue answers, and what there is; nothing is taken by one who knows another life."""
+        taken = await self._buffer.get(max_trajectories, timeout_s) if life in ("", self._life) else []
+        return self._life, taken
 
     async def close(self) -> None:
         await self._buffer.close()
@@ -206,6 +222,8 @@ class TrajectoryQueue:
 
     def __init__(self, actor: Any, capacity: int) -> None:
         self._actor, self.capacity = actor, capacity
+        self._life = ""
+        """Of the queue that this handle has got from."""
 
     @classmethod
     def create(
@@ -218,7 +236,7 @@ class TrajectoryQueue:
         import ray
 
         actor = ray.remote(_BufferActor).options(  # type: ignore[attr-defined]
-            **{"num_cpus": 0, "max_concurrency": 1000, "name": name, **(options or {})}
+            **{"num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1, "name": name, **(options or {})}
         )
         return cls(actor.remote(capacity), capacity)
 
@@ -231,16 +249,14 @@ class TrajectoryQueue:
         pieces that fit. True when all is in the queue, False when it is closed (what did not go in is in the ledger).
         Raises `QueueFullError`; pieces that went in before it stay in.
         """
-        import ray
-
         for piece in self._pieces(trajectories):
-            if not self._call(ray, self._actor.put.remote(piece, timeout_s), timeout_s):
+            if not self._call("put", piece, timeout_s, wait_s=timeout_s):
                 return False
         return True
 
     async def aput(self, trajectories: Any, timeout_s: float = PUT_TIMEOUT_S) -> bool:
         for piece in self._pieces(trajectories):
-            if not await self._acall(self._actor.put.remote(piece, timeout_s), timeout_s):
+            if not await self._acall("put", piece, timeout_s, wait_s=timeout_s):
                 return False
         return True
 
@@ -258,41 +274,49 @@ class TrajectoryQueue:
     def get(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
         """What is there, oldest first, `max_trajectories` at most; waits for the first one only.
 
-        [] when none came within `timeout_s`; None when the queue is closed and drained: the end.
+        [] when none came within `timeout_s`; None when the queue is closed and drained: the end. Raises
+        `QueueRestartedError` once after each restart.
         """
         import ray
 
-        taken = self._call(ray, self._actor.get.remote(max_trajectories, timeout_s), timeout_s)
+        taken = self._same(self._call("get", max_trajectories, timeout_s, self._life, wait_s=timeout_s))
         if not taken:
-            return taken
-        tables = self._call(ray, [stored for stored, _, _ in taken], 0.0)
-        return _rows(taken, tables)
+            return None if taken is None else []
+        try:
+            return _rows(taken, ray.get([stored for stored, _, _ in taken], timeout=_GRACE_S))
+        except Exception as error:
+            raise _unfetched(error) from error
 
     async def aget(self, max_trajectories: int, timeout_s: float) -> list[Trajectory] | None:
-        taken = await self._acall(self._actor.get.remote(max_trajectories, timeout_s), timeout_s)
+        taken = self._same(await self._acall("get", max_trajectories, timeout_s, self._life, wait_s=timeout_s))
         if not taken:
-            return taken
-        tables = [await self._acall(stored, 0.0) for stored, _, _ in taken]
-        return _rows(taken, tables)
+            return None if taken is None else []
+        try:
+            return _rows(taken, [await asyncio.wait_for(stored, _GRACE_S) for stored, _, _ in taken])
+        except Exception as error:
+            raise _unfetched(error) from error
+
+    def _same(self, answer: tuple[str, list[tuple[Any, int, int]] | None]) -> list[tuple[Any, int, int]] | None:
+        life, taken = answer
+        known, self._life = self._life, life
+        if known not in ("", life):
+            raise QueueRestartedError("the trajectory queue was started again; what was in it is in the ledger")
+        return taken
 
     # -- both
 
     def close(self) -> None:
         """No more puts; consumers drain what is left, then get None. May be called twice."""
-        import ray
-
-        self._call(ray, self._actor.close.remote(), 0.0)
+        self._call("close")
 
     async def aclose(self) -> None:
-        await self._acall(self._actor.close.remote(), 0.0)
+        await self._acall("close")
 
     def stats(self) -> QueueStats:
-        import ray
-
-        return self._call(ray, self._actor.stats.remote(), 0.0)
+        return self._call("stats")
 
     async def astats(self) -> QueueStats:
-        return await self._acall(self._actor.stats.remote(), 0.0)
+        return await self._acall("stats")
 
     def kill(self) -> None:
         """End the actor at once; what is in the queue is gone from memory (the ledger has it)."""
@@ -300,17 +324,28 @@ class TrajectoryQueue:
 
         ray.kill(self._actor)
 
-    def _call(self, ray: Any, reference: Any, wait_s: float) -> Any:
-        try:
-            return ray.get(reference, timeout=wait_s + _GRACE_S)
-        except Exception as error:
-            raise _translated(error) from error
+    def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
+        """Made again while the actor is away. A put may then go in twice: consumers know what they have by its key."""
+        import ray
 
-    async def _acall(self, reference: Any, wait_s: float) -> Any:
-        try:
-            return await asyncio.wait_for(reference, wait_s + _GRACE_S)
-        except Exception as error:
-            raise _translated(error) from error
+        deadline_s = time.monotonic() + RESTART_S
+        while True:
+            try:
+                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=wait_s + _GRACE_S)
+            except Exception as error:
+                if not _is_away(error) or time.monotonic() > deadline_s:
+                    raise _translated(error) from error
+            time.sleep(_AWAY_S)
+
+    async def _acall(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
+        deadline_s = time.monotonic() + RESTART_S
+        while True:
+            try:
+                return await asyncio.wait_for(getattr(self._actor, method).remote(*arguments), wait_s + _GRACE_S)
+            except Exception as error:
+                if not _is_away(error) or time.monotonic() > deadline_s:
+                    raise _translated(error) from error
+            await asyncio.sleep(_AWAY_S)
 
 
 def _rows(taken: Sequence[tuple[Any, int, int]], tables: Sequence[pa.Table]) -> list[Trajectory]:
@@ -319,6 +354,22 @@ def _rows(taken: Sequence[tuple[Any, int, int]], tables: Sequence[pa.Table]) -> 
         for (_, start, stop), table in zip(taken, tables, strict=True)
         for trajectory in from_table(table.slice(start, stop - start))
     ]
+
+
+def _is_away(error: Exception) -> bool:
+    """It may answer later: its actor is being started again, or nothing comes through."""
+    from ray.exceptions import ActorUnavailableError, RayTaskError
+
+    return isinstance(error, ActorUnavailableError | TimeoutError) and not isinstance(error, RayTaskError)
+
+
+def _unfetched(error: Exception) -> Exception:
+    """Rows that were handed out and cannot be had: their owner has died meanwhile, or is cut off."""
+    from ray.exceptions import RayError
+
+    if isinstance(error, RayError | TimeoutError):
+        return QueueRestartedError(f"rows of the trajectory queue are lost, and in the ledger: {error}")
+    return error
 
 
 def _translated(error: Exception) -> Exception:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from launch.report import data_sections, run_sections, score_sections, time_sections
+from launch.report import data_sections, event_section, run_sections, score_sections, time_sections
 from launch.report.figures import Figures, Sample
 from launch.report.ledger_figures import NAME_CHARS
 from launch.report.markup import Markup, details, html, joined, tag
@@ -48,6 +48,7 @@ def _page(figures: Figures, samples: list[Sample]) -> bytes:
         ("success", "Success", score_sections.success(figures)),
         ("learning", "Learning", time_sections.learning(figures)),
         ("speed", "Speed", time_sections.speed(figures)),
+        ("events", "What went wrong", event_section.went_wrong(figures)),
         ("cost", "Cost", data_sections.cost(figures)),
         ("failures", "Failures", data_sections.failures(figures)),
         ("data", "Training data", data_sections.training_data(figures)),
