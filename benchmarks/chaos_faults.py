@@ -35,6 +35,7 @@ KINDS = ("node", "raylet", *PROCESSES, "driver", "network", "disk")
 WHILE_LEARNING = ("learner rank", "queue")
 """May come at any time of the first stage; others of the rollout's processes only while episodes are left."""
 ENGINE_AT = 1.0
+ENGINE_EVERY = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,25 +65,21 @@ def draw(rng: random.Random, kinds: Sequence[str], workers: Sequence[str]) -> li
     return sorted((_drawn(rng, kind, workers) for kind in kinds), key=lambda fault: fault.at)
 
 
-def kinds_of_runs(rng: random.Random, runs: int, each: int, engine_every: int = 5) -> list[list[str]]:
-    """So many kinds for every run, such that all kinds come about equally often; the engine, which costs a run its
-    longest stage, in every `engine_every`th."""
+def kinds_of_run(seed: int, count: int) -> list[str]:
+    """Of the run with that seed: runs that follow each other go through all kinds in turn, in an order that is drawn.
+    Of every `ENGINE_EVERY` runs one has an engine, as an evaluation is the longest of stages."""
     others = [kind for kind in KINDS if kind != "engine"]
-    deck: list[str] = []
-    found = []
-    for run in range(runs):
-        chosen: list[str] = ["engine"] if run % engine_every == engine_every - 1 else []
-        while len(chosen) < each:
-            if not deck:
-                deck = rng.sample(others, len(others))
-            kind = next((kind for kind in deck if kind not in chosen), None)
-            if kind is None:
-                deck += rng.sample(others, len(others))
-                continue
-            deck.remove(kind)
+    engine = seed % ENGINE_EVERY == ENGINE_EVERY - 1
+    first = seed * count - seed // ENGINE_EVERY
+    chosen = ["engine"] if engine else []
+    place = first
+    while len(chosen) < count:
+        order = random.Random(place // len(others)).sample(others, len(others))
+        kind = order[place % len(others)]
+        if kind not in chosen:
             chosen.append(kind)
-        found.append(chosen)
-    return found
+        place += 1
+    return chosen
 
 
 def _drawn(rng: random.Random, kind: str, workers: Sequence[str]) -> Fault:
