@@ -35,16 +35,19 @@ from benchmarks.scale_run import QUEUE_CAPACITY, Figures, Run, WorkerPool, simul
 from benchmarks.scale_world import AllDelays
 from benchmarks.scoreboard import Row
 
+STUDENT_NAME, TEACHER_NAME = "student", "teacher"
 SIZES = (1, 2, 5, 10, 25, 50)
-STUDENT_SIZES = (1, 2, 5, 10)
+STUDENT_SIZES = (1, 5, 10)
 """Steps of a second keep two cores busy with some of the workers; more would only wait for them."""
+ROUNDS = {STUDENT_NAME: 4.0, TEACHER_NAME: 1.75}
+"""Episodes of each place, one after another: enough to be measured between ramp-up and drain."""
+LEAST_ROUNDS = 1.5
 SLOTS = 210
 """Some more than 200, since at any moment a few places are between two episodes."""
 LINEAR = 0.95
 SATURATED = 0.9
 """Share of the machine's cores, whoever keeps them busy, from which on they are the limit."""
 MEMORY_GB = 10.0
-STUDENT_NAME, TEACHER_NAME = "student", "teacher"
 TITLES = {
     STUDENT_NAME: "the student on vLLM, as measured", TEACHER_NAME: "a 32B teacher on GPUs, assumed",
 }  # fmt: skip
@@ -173,14 +176,14 @@ def _costs(result: Result) -> Iterator[Row]:
 
 
 def _breaking(result: Result) -> Iterator[Row]:
-    """Which process would be first to fill a core, and what storage would see, at `TENFOLD`."""
+    """Which process would be first to fill a core, and what to do then, and what storage would see, at `TENFOLD`."""
     group = f"{TENFOLD:g} x {result.run.at_once:,} at once"
-    for limit in limits(result.run, result.figures):
-        holds = limit.cores * TENFOLD < 1
+    for number, limit in enumerate(limits(result.run, result.figures)):
+        remedy = "" if number and limit.cores * TENFOLD < 1 else f"; then {limit.remedy}"
         yield Row(
             what=f"cores of the {limit.role}", measured=limit.cores * TENFOLD, group=group,
             beside=f"a whole core at {limit.breaks_at:,.0f} episodes at once, {limit.breaks_rate:,.0f}/s"
-            + ("" if holds else f"; {limit.remedy}"),
+            + remedy,
         )  # fmt: skip
     then = storage(result.run, result.figures, times=TENFOLD, queue_capacity=QUEUE_CAPACITY)
     yield Row(
@@ -223,8 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--delays", default=f"{STUDENT_NAME},{TEACHER_NAME}", help="of which policies; both by default")
     parser.add_argument("--delays-file", type=Path, default=MEASURED_FILE, help="what benchmarks/scale_delays.py wrote")
     parser.add_argument("--factor", type=float, default=TEACHER_FACTOR, help="the teacher's delays, of the student's")
-    parser.add_argument("--rounds", type=float, default=2.0, help="teacher: episodes of each place, one after another")
-    parser.add_argument("--student-rounds", type=float, default=6.0, help="student: the same")
+    parser.add_argument(
+        "--rounds", type=float, default=ROUNDS[TEACHER_NAME], help="teacher: episodes of each place, in turn"
+    )
+    parser.add_argument("--student-rounds", type=float, default=ROUNDS[STUDENT_NAME], help="student: the same")
     parser.add_argument("--sample-s", type=float, default=1.0, help="between two looks at the processes")
     parser.add_argument("--object-store-mb", type=int, default=500)
     parser.add_argument("--picture", type=Path, help="draw throughput over workers into this file")
@@ -234,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--delays {unknown.pop()!r} is unknown; there are {', '.join(TITLES)}")
     if min(options.workers[0], options.student_workers[0], options.slots) < 1:
         parser.error("--workers, --student-workers and --slots must be at least 1")
-    if min(options.rounds, options.student_rounds) < 2:
-        parser.error("--rounds and --student-rounds must be at least 2: there is nothing to be measured in less")
+    if min(options.rounds, options.student_rounds) < LEAST_ROUNDS:
+        parser.error(f"--rounds and --student-rounds must be at least {LEAST_ROUNDS:g}: less is all ramp-up and drain")
     try:
         measured = load(options.delays_file)
         delays = {STUDENT_NAME: measured, TEACHER_NAME: teacher(measured, options.factor)}

@@ -82,8 +82,7 @@ def steady(times: Times, *, at_once: int) -> Window:
     last = round(BEGUN * len(times)) - 1
     if len(times) < settled or begins[last] <= ends[settled - 1]:
         raise ValueError(
-            f"{len(times)} episodes, {at_once} at once at most: it is never in a steady state; give at least two for "
-            "each place"
+            f"{len(times)} episodes, {at_once} at once at most: it is never in a steady state; give two for each place"
         )
     began_s, ended_s = ends[settled - 1], begins[last]
     count = bisect_right(ends, ended_s) - bisect_left(ends, began_s)

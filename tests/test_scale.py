@@ -110,7 +110,7 @@ def test_the_peak_counts_what_overlaps() -> None:
 
 
 def test_too_few_episodes_are_never_in_a_steady_state() -> None:
-    with pytest.raises(ValueError, match="2 episodes, 2 at once at most: .* at least two for each place"):
+    with pytest.raises(ValueError, match="2 episodes, 2 at once at most: .* give two for each place"):
         steady([(0.0, 1.0), (0.0, 1.0)], at_once=2)
 
 
