@@ -164,6 +164,10 @@ def _costs(result: Result) -> Iterator[Row]:
             beside=f"{figures.cores(role):.3f} of a core", group=run.name,
         )  # fmt: skip
     yield Row(
+        what=f"{run.workers} workers: from {run.episodes:,} tasks to a collection", measured=run.prepare_s, unit="s",
+        beside="which are missing; the feed, and a call to each worker", group=run.name,
+    )  # fmt: skip
+    yield Row(
         what=f"{run.workers} workers: trajectories in the queue", measured=figures.depth, group=run.name,
         beside=f"at most {figures.depth_most} of {QUEUE_CAPACITY}; {run.put_waits} puts waited",
     )  # fmt: skip

@@ -30,7 +30,7 @@ DRIVER, WORKERS, FEED, QUEUE, CONSUMER = "driver", "workers", "feed", "queue", "
 GCS, RAYLET, AGENTS, IDLE, MEASURING = "GCS", "raylet", "Ray's agents", "idle workers", "measuring"
 _TITLES = (
     ("ray::RolloutActor", WORKERS), ("ray::FeedActor", FEED), ("ray::_BufferActor", QUEUE), ("ray::Consumer", CONSUMER),
-    ("ray::IDLE", IDLE), ("ray::", "other actors"),
+    ("ray::IDLE", IDLE), ("ray::DashboardAgent", AGENTS), ("ray::RuntimeEnvAgent", AGENTS), ("ray::", "other actors"),
 )  # fmt: skip
 _UNSETTLED = (IDLE, "other actors", AGENTS)
 """A process may still become something else: an idle worker an actor, a fork the program that it will run."""

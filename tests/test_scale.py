@@ -8,17 +8,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.rollout_world import LocalFeed
 from benchmarks.scale_delays import Delays, StepDelay, load, measure, teacher, to_json
 from benchmarks.scale_figures import peak, pure, steady, whole
 from benchmarks.scale_processes import DRIVER, Sample, sampled, spent
 from benchmarks.scale_world import SimulatedPolicy, SleepingEnv, replayed, tasks
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.ledger import LedgerWriter
-from rollout.worker import FLUSH_MOST_S, FLUSH_S, flush_s
+from rollout.task_feed import EpisodeRequest, TaskFeed
+from rollout.worker import FLUSH_MOST_S, FLUSH_S, RolloutWorker, flush_s
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,6 +141,29 @@ def test_this_process_is_seen_from_another_one_at_work() -> None:
 
 def test_what_finished_waits_a_tenth_of_its_time_within_bounds() -> None:
     assert [flush_s(seconds) for seconds in (0.0, 10.0, 1000.0)] == [FLUSH_S, 1.0, FLUSH_MOST_S]
+
+
+class NothingYet(LocalFeed):
+    """Has nothing for `seconds`, then says that this was all."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(TaskFeed([]))
+        self._until_s = time.monotonic() + seconds
+        self.asked = 0
+
+    async def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
+        self.asked += 1
+        return [] if time.monotonic() < self._until_s else None
+
+
+def test_workers_without_work_ask_less_and_less_often(tmp_path: Path) -> None:
+    feed, delays = NothingYet(1.5), {"a": delays_of((0.1,))}
+    worker = RolloutWorker(
+        name="w", policy=SimulatedPolicy(delays), envs=[SleepingEnv(delays) for _ in range(8)],
+        settings=EpisodeSettings(), feed=feed, ledger=LedgerWriter(tmp_path / "ledger", "w"),
+    )  # fmt: skip
+    assert asyncio.run(worker.run()) == 0
+    assert 2 <= feed.asked <= 6  # every fifth of a second would be 8
 
 
 # -- the whole
