@@ -118,6 +118,9 @@ class LocalFeed:
     async def stop(self, reason: str) -> None:
         self._feed.stop(reason)
 
+    async def give_back(self, worker: str, keys: Sequence[str]) -> None:
+        self._feed.give_back(worker, keys)
+
 
 class KeepingSink:
     """Keeps what a worker hands on."""

@@ -71,11 +71,10 @@ class Fleet:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._hosts = list(hosts)
-        self._collection, self._groups, self._most, self._grow = collection, list(groups), most, grow
+        self.collection, self._groups, self._most, self._grow = collection, list(groups), most, grow
         self._grows, self._kept, self._say = grows, kept, say
         self._joined: dict[Any, str] = {}
         """Worker that came later -> key of its node; "" until it is known."""
-        self._leaving: set[Any] = set()
         self._barren = 0
         self._wishes: list[tuple[Wish, str]] = []
         """What is asked for, and the key of the node that it is meant for, if any."""
@@ -85,8 +84,11 @@ class Fleet:
         """Act on what became of the nodes. Raises what the collection raises."""
         self._drain(cluster)
         self._drop_lost(cluster)
-        self._take(cluster)
-        self._wish(cluster)
+        if self.collection.waiting:
+            self._take(cluster)
+            self._wish(cluster)
+        else:  # one more would find nothing to do
+            self.close()
 
     def close(self) -> None:
         """Ask for nothing more."""
@@ -97,14 +99,11 @@ class Fleet:
     def _drain(self, cluster: Cluster) -> None:
         if not cluster.draining:
             return
-        for actor in self._collection.actors:
+        for actor in self.collection.actors:
             seconds = cluster.draining.get(node_of(actor))
-            if seconds is None or self._collection.leaves(actor):
+            if seconds is None or self.collection.leaves(actor):
                 continue
-            later = actor in self._joined
-            if later:
-                self._leaving.add(actor)
-            held = self._collection.drain(actor, seconds, returns=not later)
+            held = self.collection.drain(actor, seconds, returns=actor not in self._joined)
             where = cluster.name_of(node_of(actor))
             self._say(f"a worker on node {where} drains, {seconds:.0f} s at most: {held} episodes under way or waiting")
         leaving = [host for host in self._hosts if node_of(host) in cluster.draining]
@@ -115,13 +114,12 @@ class Fleet:
     def _drop_lost(self, cluster: Cluster) -> None:
         alive = {node.key for node in cluster.nodes}
         for actor, key in list(self._joined.items()):
-            if actor not in self._collection.actors:
+            if actor not in self.collection.actors:
                 continue
             if not key:
                 self._joined[actor] = node_of(actor)
             elif key not in alive:
-                self._leaving.add(actor)
-                self._collection.drop(actor)
+                self.collection.drop(actor)
 
     def _take(self, cluster: Cluster) -> None:
         """Start those that have a place now."""
@@ -144,25 +142,23 @@ class Fleet:
         assert self._grow is not None
         new = self._grow(places, key)
 
-        def leave() -> None:
+        def leave(broken: bool) -> None:
             new.leave()
             self._joined.pop(new.actor, None)
-            if new.actor not in self._leaving:
-                self._barren += 1
-                if self._barren == BARREN:
-                    self._say(f"{BARREN} workers in a row joined and could not work: no more are started")
-            self._leaving.discard(new.actor)
+            self._barren = self._barren + 1 if broken else 0
+            if self._barren == BARREN:
+                self._say(f"{BARREN} workers in a row joined and could not work: no more are started")
 
         self._joined[new.actor] = key
-        self._collection.add(new.actor, new.hosts, leave)
+        self.collection.add(new.actor, new.hosts, leave)
         where = f" on node {cluster.name_of(key)}" if key else ""
-        self._say(f"1 worker more{where}: {len(self._collection.actors)} in all")
+        self._say(f"1 worker more{where}: {len(self.collection.actors)} in all")
 
     def _wish(self, cluster: Cluster) -> None:
         """Ask for what is missing, where there is room for it or nodes are added for it."""
         if self._grow is None or self._barren >= BARREN:
             return
-        while len(self._collection.actors) + len(self._wishes) < self._most:
+        while len(self.collection.actors) + len(self._wishes) < self._most:
             key = ""
             if not self._groups[0].asks:
                 key = self._free_node(cluster)
@@ -177,7 +173,7 @@ class Fleet:
 
     def _free_node(self, cluster: Cluster) -> str:
         """Of workers that take nothing there is one on a node; "" when each has one."""
-        taken = {node_of(actor) for actor in self._collection.actors} | {key for _, key in self._wishes}
+        taken = {node_of(actor) for actor in self.collection.actors} | {key for _, key in self._wishes}
         taken |= set(self._joined.values())
         for node in cluster.staying:
             if node.key not in taken and node.total.get("CPU") and matches(node.labels, self._groups[0].labels):
@@ -197,6 +193,12 @@ class Fleets:
         if cluster is not None:
             for fleet in self._fleets:
                 fleet.follow(cluster)
+
+    def end(self, collection: Collection) -> None:
+        """It is over: nobody joins it any more."""
+        for fleet in [each for each in self._fleets if each.collection is collection]:
+            fleet.close()
+            self._fleets.remove(fleet)
 
     def draining(self) -> Mapping[str, float]:
         """Key of each node that is to go -> seconds that it had left at the last look."""

@@ -43,6 +43,7 @@ class JointCollection:
                 if not ended:
                     continue
             self._running.discard(name)
+            self._fleets.end(self._collections[name])
         if not self._running and self._broken:
             named = "; ".join(f"{name}: {error}" for name, error in self._broken.items())
             raise CollectionError(named)

@@ -24,7 +24,7 @@ from launch.teachers import assign
 from rollout.collector import Collection, Weights, missing_requests, start_rollout_actors
 from rollout.episode import EpisodeSettings
 from rollout.ledger import Ledger
-from rollout.placement import Reservation
+from rollout.placement import NODE_ID, Reservation
 from rollout.policy_spec import PolicySpec
 from rollout.task_feed import EpisodeRequest
 
@@ -247,11 +247,8 @@ def _fleet(
     count = -(-config.rollout.env_hosts // (each.workers(config) * ranks))
 
     def grow(places: Sequence[Reservation], node: str) -> Newcomer:
-        options = {}
-        if node:
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        # By its label: an affinity to a node that has just joined may not be known to all yet.
+        options = {"label_selector": {**places[0].group.labels, NODE_ID: node}} if node else {}
         [actor] = _actors(config, spec, count=1, most=most, meter=meter, reserved=places[:1], options=options)
         own: list[Any] = []
         if count:

@@ -28,7 +28,7 @@ from typing import Any
 from envs.base import Task
 from envs.local_envs import LocalEnvs
 from rollout.episode import EpisodeSettings
-from rollout.feed_actor import ANSWER_S, FeedActor, FeedEmptyError
+from rollout.feed_actor import ANSWER_S, FeedActor, FeedEmptyError, is_dead
 from rollout.ledger import Ledger
 from rollout.policy import PolicyError
 from rollout.rollout_actor import (
@@ -89,8 +89,8 @@ class _Worker:
     number: int
     actor: Any
     envs: EnvSlots | LocalEnvs
-    leave: Callable[[], None] | None = None
-    """What else ends with it. None: one that was there from the start, and that the caller ends."""
+    leave: Callable[[bool], None] | None = None
+    """What else ends with it; told whether it could not work. None: one that was there from the start."""
     name: str = ""
     """Of its present run."""
     run: Any = None
@@ -172,9 +172,9 @@ class Collection:
         """Those that work here, or will again: not what is drained or gone for good."""
         return [each.actor for each in self._workers if each.drained_by_s is None or each.returns]
 
-    def add(self, actor: Any, hosts: Sequence[Any] = (), leave: Callable[[], None] = lambda: None) -> int:
+    def add(self, actor: Any, hosts: Sequence[Any] = (), leave: Callable[[bool], None] = lambda broken: None) -> int:
         """One more, which is given work at once; returns its number. `hosts`: env hosts of its own. When it leaves, the
-        actor is ended, its reservation is given back, and `leave` called."""
+        actor is ended, its reservation is given back, and `leave` called: with True when it could not work."""
         return self._enter(actor, hosts or None, leave)
 
     def drain(self, actor: Any, seconds: float, *, returns: bool = False) -> int:
@@ -189,6 +189,8 @@ class Collection:
         elif worker.run is not None:
             to_record_s = min(5.0, seconds / 4)
             worker.actor.drain.remote(worker.name, seconds - to_record_s)
+        elif not returns:
+            self._remove(worker, "is away and not waited for")
         return held
 
     def leaves(self, actor: Any) -> bool:
@@ -231,9 +233,17 @@ class Collection:
         return self._over()
 
     def progress(self, timeout_s: float = ANSWER_S) -> CollectProgress:
-        """Waits for a feed that is started again. Raises `CollectionError` when it stays away, `TimeoutError`."""
-        self._seen = self._ask("progress", timeout_s=timeout_s)
+        """Waits for a feed that is started again. Raises `TimeoutError`."""
+        try:
+            self._seen = self._ask("progress", timeout_s=timeout_s)
+        except CollectionError as error:
+            raise TimeoutError(str(error)) from error
         return self._seen
+
+    @property
+    def waiting(self) -> int:
+        """Episodes that nobody has begun, as last heard."""
+        return self._seen.waiting
 
     def stop(self, reason: str) -> None:
         """Start nothing more. What is under way comes to its end, and `poll` then says so."""
@@ -248,7 +258,7 @@ class Collection:
 
     # -- workers
 
-    def _enter(self, actor: Any, hosts: Sequence[Any] | None, leave: Callable[[], None] | None) -> int:
+    def _enter(self, actor: Any, hosts: Sequence[Any] | None, leave: Callable[[bool], None] | None) -> int:
         worker = _Worker(next(self._numbers), actor, self._env_slots(hosts), leave)
         self._workers.append(worker)
         self._start(worker)
@@ -273,22 +283,22 @@ class Collection:
     def _ended(self, worker: _Worker) -> None:
         """Its run has."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         call, worker.run = worker.run, None
         try:
             ray.get(call)
-        except RayActorError as error:
-            self._died(worker, error)
         except RayTaskError as error:
             if not self._may_work_again(worker, error.cause):
                 if worker.leave is None or not self._others(worker):
                     raise CollectionError(f"rollout worker {worker.number}: {_words(error.cause)}") from error
                 self._released(worker)
-                self._remove(worker, f"cannot work: {_words(error.cause)}")
+                self._remove(worker, f"cannot work: {_words(error.cause)}", broken=True)
                 return
             ray.kill(worker.actor, no_restart=False)  # what an engine leaves behind ends with its process
             self._died(worker, error.cause)
+        except RayError as error:  # its process died, its node is lost, or it finds no place
+            self._died(worker, error)
         else:
             self._ask("release", worker.name)
             if worker.drained_by_s is not None:
@@ -313,7 +323,7 @@ class Collection:
             why = f"died {worker.barren} times in a row without recording anything; the last time: {_words(error)}"
             if not self._others(worker):
                 raise CollectionError(f"rollout worker {worker.number} {why}") from error
-            self._remove(worker, why)
+            self._remove(worker, why, broken=True)
             return
         given = f": {_episodes(back)} given to others" if back else ""
         self.say(f"rollout worker {worker.number} died{given}")
@@ -335,12 +345,12 @@ class Collection:
         worker.away_s = worker.away_s or time.monotonic()
         worker.drained_by_s, worker.ask_again_s = None, time.monotonic()
 
-    def _remove(self, worker: _Worker, why: str) -> None:
+    def _remove(self, worker: _Worker, why: str, *, broken: bool = False) -> None:
         """For good."""
         self._workers.remove(worker)
         stop_rollout_actors([worker.actor])
         if worker.leave is not None:
-            worker.leave()
+            worker.leave(broken)
         self.say(f"rollout worker {worker.number} {why}: {len(self._workers)} left")
 
     def _call_back(self) -> None:
@@ -357,14 +367,14 @@ class Collection:
             ray.get(call)
         except RayError as error:
             # Its process is not there yet, or the call still met the one that was ended.
-            if isinstance(error, ActorUnavailableError) or not _is_dead(worker.actor):
+            if isinstance(error, ActorUnavailableError) or not is_dead(worker.actor):
                 worker.ask_again_s = time.monotonic() + _AGAIN_S
                 return
             if not self._others(worker) and not self.awaits_more:
                 raise CollectionError(
                     f"rollout worker {worker.number} cannot be started again: {_words(error)}"
                 ) from error
-            self._remove(worker, "cannot be started again")
+            self._remove(worker, "is gone for good")
         else:
             if worker.told:
                 self.say(f"rollout worker {worker.number} is back")
@@ -416,8 +426,8 @@ class Collection:
         running = [each for each in self._workers if each.run is not None]
         if running:
             return self._only_latecomers(running)
-        seen = self.progress()
-        if seen.stopped or self._nothing_left():
+        self._seen = self._ask("progress")
+        if self._seen.stopped or self._nothing_left():
             return True
         for worker in self._present():  # something came back when they had ended
             self._start(worker)
@@ -457,7 +467,7 @@ class Collection:
         import ray
         from ray.exceptions import RayActorError
 
-        deadline_s = time.monotonic() + max(timeout_s, ANSWER_S)
+        deadline_s = time.monotonic() + timeout_s
         while True:
             try:
                 return ray.get(getattr(self._feed, method).remote(*arguments), timeout=timeout_s)
@@ -491,13 +501,6 @@ class Collection:
         for each in ledger.trajectories():
             if each.key in keys:
                 yield summary_of(each)
-
-
-def _is_dead(actor: Any) -> bool:
-    """For good, as far as Ray tells."""
-    from ray._private.state import actors  # public under `ray.state` until 2.5
-
-    return actors(actor._actor_id.hex()).get("State", "DEAD") == "DEAD"
 
 
 def _words(error: Exception) -> str:

@@ -116,6 +116,16 @@ class RemoteFeed:
         self._held: set[str] = set()
         self._leasing = asyncio.Lock()
 
+    async def has_ended(self) -> bool:
+        """Whether the collection was over before this worker could begin."""
+        from ray.exceptions import RayActorError
+
+        try:
+            await self._ask("loaded")
+        except RayActorError:
+            return is_dead(self._handle)
+        return False
+
     async def next(self, worker: str, count: int) -> list[EpisodeRequest] | None:
         async def lease() -> list[EpisodeRequest] | None:
             async with self._leasing:  # nobody joins while an answer is on its way
@@ -167,8 +177,17 @@ class RemoteFeed:
                 trouble, joining = error, True
             except (RayActorError, FeedEmptyError) as error:
                 trouble = error
+                if isinstance(error, RayActorError) and is_dead(self._handle):
+                    raise FeedLostError("what hands out the episodes has ended") from error
             if time.monotonic() > deadline_s:
                 raise FeedLostError(
                     f"what hands out the episodes did not answer for {AWAY_S:g} s: {type(trouble).__name__}"
                 ) from trouble
             await asyncio.sleep(0.0 if joining else AGAIN_S)
+
+
+def is_dead(actor: Any) -> bool:
+    """For good, as far as Ray tells."""
+    from ray._private.state import actors  # public under `ray.state` until 2.5
+
+    return actors(actor._actor_id.hex()).get("State", "DEAD") == "DEAD"

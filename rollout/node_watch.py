@@ -112,5 +112,8 @@ def node_of(actor: object) -> str:
     """Ray's id of the node that an actor is on; "" while it is on none."""
     from ray._private.state import actors
 
-    told = actors(actor._actor_id.hex())  # type: ignore[attr-defined]
+    try:
+        told = actors(actor._actor_id.hex())  # type: ignore[attr-defined]
+    except Exception:  # of several kinds: the head is busy or just starting again
+        return ""
     return told.get("Address", {}).get("NodeID", "") if told.get("State") == "ALIVE" else ""

@@ -115,12 +115,13 @@ class RolloutActor:
         adaptive: bool,
     ) -> int:
         """One collection, start to end; returns how many episodes this worker recorded."""
-        loader = await self._started()
+        loader, remote = await self._started(), RemoteFeed(feed, name)
+        if await remote.has_ended():
+            return 0
         self._pinned += weights is not None
         try:
             if weights is not None:
                 await loader.load(weights)
-            remote = RemoteFeed(feed, name)
             worker = RolloutWorker(
                 name=name,
                 policy=loader.policy,
