@@ -172,9 +172,12 @@ class Fleet:
         return assign([*self._kept(), *self._groups], cluster.staying, free=True) is not None
 
     def _free_node(self, cluster: Cluster) -> str:
-        """Of workers that take nothing there is one on a node; "" when each has one."""
-        taken = {node_of(actor) for actor in self.collection.actors} | {key for _, key in self._wishes}
-        taken |= set(self._joined.values())
+        """Of workers that take nothing there is one on a node; "" when each has one, or it is not known yet."""
+        there = {actor: node_of(actor) for actor in self.collection.actors}
+        begin = [actor for actor in there if actor not in self._joined and not self.collection.leaves(actor)]
+        if not all(there[actor] for actor in begin):
+            return ""
+        taken = {*there.values(), *self._joined.values(), *(key for _, key in self._wishes)}
         for node in cluster.staying:
             if node.key not in taken and node.total.get("CPU") and matches(node.labels, self._groups[0].labels):
                 return node.key
