@@ -48,6 +48,7 @@ SETTINGS = [
     "cluster.roles.envs.strategy=SPREAD",
     f"learner.epochs={PASSES}", "learner.ranks=2", "learner.tokens_per_step=2000", "learner.optimizer=adamw",
     "learner.checkpoint_every_steps=10", "learner.snapshot_at=[]", "learner.collective_timeout_s=60",
+    "learner.restarts=6",
     "evaluate.candidates=2", "evaluate.max_tokens=24", "evaluate.max_model_len=1000", "evaluate.kv_cache_mb=64",
     "evaluate.engine=own_process", "evaluate.concurrency=4",
 ]  # fmt: skip

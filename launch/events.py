@@ -13,14 +13,13 @@ Example::
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.patient_lines import PatientLines
+from launch.patient_lines import PatientLines, lines_of
 
 NAME = "events.jsonl"
 
@@ -57,8 +56,7 @@ class EventRecord:
 
 def read_events(folder: Path) -> list[Event]:
     """Of all jobs on that folder, in order; lines that were torn are passed over."""
-    path = folder / NAME
-    return events_of(_objects(path.read_text(errors="replace")) if path.exists() else ())
+    return events_of(lines_of(folder / NAME))
 
 
 def events_of(rows: Iterable[Mapping[str, Any]]) -> list[Event]:
@@ -70,13 +68,3 @@ def events_of(rows: Iterable[Mapping[str, Any]]) -> list[Event]:
         except TypeError:
             continue
     return sorted(found, key=lambda event: event.unix_s)
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row

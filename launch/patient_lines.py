@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +53,14 @@ class PatientLines:
                     self._unwritten.pop(0)
         except OSError:
             return
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """What such a file holds, in order; lines that were torn are passed over."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row

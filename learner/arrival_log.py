@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from learner.full_disk import patiently
+
 
 class Keyed(Protocol):
     """Something that arrived."""
@@ -74,7 +76,7 @@ class ArrivalLog(Generic[_Arrival]):
         new, self._new = self._new, []
         if new:
             self._file.write("".join(json.dumps(arrival.key) + "\n" for arrival in new))
-            self._file.flush()
+            patiently(self._file.flush)
         return new
 
 

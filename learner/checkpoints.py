@@ -27,6 +27,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.full_disk import patiently
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,7 +53,7 @@ class CheckpointFolder:
     def begin(self, name: str) -> None:
         """Make room for it, out of sight."""
         shutil.rmtree(self._partial(name), ignore_errors=True)
-        self._partial(name).mkdir(parents=True)
+        patiently(lambda: self._partial(name).mkdir(parents=True, exist_ok=True))
 
     def write_part(
         self, name: str, rank: int, tensors: Iterable[tuple[str, torch.Tensor]], *, facts: Mapping[str, Any]
@@ -66,9 +68,13 @@ class CheckpointFolder:
 
         def flush() -> None:
             path = folder / f"rank-{rank:03d}-{len(files):02d}.safetensors"
-            save_file(waiting, path)
-            path.chmod(0o644)
-            _sync(path)
+
+            def save() -> None:
+                save_file(waiting, path)
+                path.chmod(0o644)
+                _sync(path)
+
+            patiently(save)
             files[path.name] = _measure(path)
             places.update(dict.fromkeys(waiting, path.name))
             waiting.clear()
@@ -83,8 +89,8 @@ class CheckpointFolder:
         if waiting:
             flush()
         index = folder / f"rank-{rank:03d}.json"
-        index.write_text(json.dumps({"tensors": places, "files": files, "facts": dict(facts)}))
-        _sync(index)
+        content = json.dumps({"tensors": places, "files": files, "facts": dict(facts)})
+        patiently(lambda: (index.write_text(content), _sync(index)))
 
     def finish(self, name: str, state: Mapping[str, Any]) -> None:
         """Seal what the ranks wrote, show it under its name, and remove the oldest beyond those kept."""
@@ -92,8 +98,7 @@ class CheckpointFolder:
         indexes = {path.name: _measure(path) for path in sorted(partial.glob("rank-*.json"))}
         content = json.dumps({"state": state, "indexes": indexes})
         sealed = json.dumps({"content": content, "crc32": zlib.crc32(content.encode())})
-        (partial / STATE_FILE).write_text(sealed)
-        _sync(partial / STATE_FILE)
+        patiently(lambda: ((partial / STATE_FILE).write_text(sealed), _sync(partial / STATE_FILE)))
         _sync(partial)
         shutil.rmtree(self.folder / name, ignore_errors=True)
         os.replace(partial, self.folder / name)

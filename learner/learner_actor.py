@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 DEATH_NOTICE_S = 15.0
 """How long after one rank's failure the group waits to hear what became of the others: which of them died."""
 
+DEATH_AGAIN_S = 2.0
+"""After a rank has died while it was started: Ray may need some time to know that a node is lost."""
+
 
 class RankActor:
     """One rank; `run` blocks in one thread while `progress`, `report_score` and `stop` are answered by others."""
@@ -366,21 +369,32 @@ class LearnerGroup:
         self._failed.__cause__ = error
 
     def _restart(self) -> None:
+        """Until all ranks run. One that dies while it is started (its node is lost just then) counts as another
+        restart."""
         import ray
+        import ray.exceptions
 
-        try:
-            # The old ranks must be gone: they write into the same folder.
-            ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
-            self._start_ranks(self._timeout_s)
-            self._refs = [actor.run.remote() for actor in self._actors]
-            if self._stopping:
-                self.stop()
-        except Exception as error:
-            self._kill()
-            placeless = _placeless(self._placement) if isinstance(error, TimeoutError) else 0
-            missing = f" ({placeless} of {self._config.ranks} have no node to be on)" if placeless else ""
-            self._failed = LearnerError(f"the learner's ranks could not be started again{missing}: {error}")
-            self._failed.__cause__ = error
+        while True:
+            try:
+                # The old ranks must be gone: they write into the same folder.
+                ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
+                self._start_ranks(self._timeout_s)
+                self._refs = [actor.run.remote() for actor in self._actors]
+                if self._stopping:
+                    self.stop()
+                return
+            except Exception as error:
+                self._kill()
+                died = isinstance(error, ray.exceptions.RayActorError)
+                if died and self._failed is None and self.restarts < self._config.restarts:
+                    self.restarts += 1
+                    time.sleep(DEATH_AGAIN_S)
+                    continue
+                placeless = _placeless(self._placement) if isinstance(error, TimeoutError) else 0
+                missing = f" ({placeless} of {self._config.ranks} have no node to be on)" if placeless else ""
+                self._failed = LearnerError(f"the learner's ranks could not be started again{missing}: {error}")
+                self._failed.__cause__ = error
+                return
 
     def _kill(self) -> None:
         import ray

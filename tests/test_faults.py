@@ -27,11 +27,14 @@ from launch.actor_watch import ActorWatch
 from launch.events import EventRecord, read_events
 from launch.learning_trouble import LearningTrouble
 from launch.patient_lines import PatientLines
+from launch.report import draw_learning_curve
 from launch.report.event_section import TITLE, went_wrong
 from launch.report.figures import gather
 from launch.report.run_files import find
 from launch.source import StreamSource
 from learner.base import Progress
+from learner.checkpoints import CheckpointFolder
+from learner.full_disk import patiently
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.task_feed import CollectProgress, WorkerState
 from rollout.trajectory_queue import QueueRestartedError, TrajectoryQueue
@@ -177,6 +180,24 @@ def test_the_hosts_share_a_disk_that_fills_and_that_only_they_see(hosts: Hosts) 
     assert subprocess.run(write, capture_output=True, timeout=30).returncode == 0
 
 
+def test_a_checkpoint_waits_for_a_disk_that_is_full(hosts: Hosts) -> None:
+    import torch
+
+    filler, folder = hosts.fill(), CheckpointFolder(hosts.seen(hosts.disk) / "checkpoints", keep=1)
+    assert filler is not None
+    with pytest.raises(OSError, match="No space left"):
+        patiently(lambda: (filler.parent / "more").write_bytes(bytes(9000)), patience_s=0)
+    freed = threading.Timer(2.0, filler.unlink)
+    freed.start()
+    began_s = time.monotonic()
+    folder.begin("step-1")
+    folder.write_part("step-1", 0, [("weight", torch.arange(50_000.0))], facts={})
+    folder.finish("step-1", {"step": 1})
+    assert time.monotonic() - began_s >= 1.5
+    assert folder.damage("step-1") is None and folder.state("step-1") == {"step": 1}
+    freed.join()
+
+
 # -- what went wrong is told
 
 
@@ -227,6 +248,13 @@ def test_lines_that_found_no_room_are_written_with_the_next_and_a_torn_one_spoil
     path.write_text('{"torn')
     lines.add({"a": 2})
     assert path.read_text().splitlines() == ['{"torn', '{"a": 1}', '{"a": 2}']
+
+
+def test_a_learning_curve_is_drawn_past_a_line_that_was_torn(tmp_path: Path) -> None:
+    row = {"step": 1, "tokens": 10, "loss": 1.0, "loss_by_span": {}, "minutes": 1.0, "recorded": 1, "rows": 1}
+    (tmp_path / "metrics.jsonl").write_text(f'{json.dumps(row)}\n{{"step": 2, "to\n{json.dumps(row)}\n')
+    draw_learning_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="torn")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 def test_the_report_has_a_section_of_its_own_for_what_went_wrong_and_none_where_nothing_did(tmp_path: Path) -> None:

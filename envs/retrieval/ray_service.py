@@ -32,6 +32,8 @@ from envs.retrieval.retriever import Hit, Retriever, check_k
 from envs.retrieval.service import RetrievalService, RetrievalTimeout, ServiceSettings, ServiceStats
 
 _PART_BYTES = 64 << 10  # Ray keeps arguments below 100 kB in the actor's own description
+TASK_RETRIES = 3
+"""So often is one search made again when the actor dies under it: it may be what kills it."""
 ACTOR_ENV_VARS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -125,7 +127,7 @@ def start_retrieval_actor(
     settings: ServiceSettings | None = None,
     num_cpus: float = 0,
     name: str | None = None,
-    max_restarts: int = 3,
+    max_restarts: int = -1,
     env_vars: Mapping[str, str] | None = None,
     **actor_options: Any,
 ) -> Any:
@@ -133,14 +135,15 @@ def start_retrieval_actor(
 
     `env_vars` are added to OMP_NUM_THREADS=1, HF_HUB_OFFLINE=1 and TOKENIZERS_PARALLELISM=false (give HF_HUB_OFFLINE=0
     to let an encoder be downloaded); `actor_options` go to Ray (`scheduling_strategy`, `num_gpus`...). The actor dies
-    with its owner or by `ray.kill`; it is restarted `max_restarts` times, loading its stored index again.
+    with its owner or by `ray.kill`; it is restarted `max_restarts` times, loading its stored index again (-1: as often
+    as it takes, since nodes come and go in a long run; every search has its own limit).
     """
     import ray
 
     options: dict[str, Any] = {
         "num_cpus": num_cpus,
         "max_restarts": max_restarts,
-        "max_task_retries": max_restarts,
+        "max_task_retries": TASK_RETRIES if max_restarts else 0,
         "max_concurrency": 1000,
         "runtime_env": {"env_vars": {**ACTOR_ENV_VARS, **(env_vars or {})}},
         **actor_options,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from launch.patient_lines import lines_of
 
 
 def draw_learning_curve(metrics: Path, picture: Path, *, title: str) -> None:
     """Loss (all and by span type) and collection over time, as a PNG.
 
-    `metrics` holds one JSON object a line with at least `minutes`, `loss`, `loss_by_span`, `recorded`, `total`.
+    `metrics` holds one JSON object a line with at least `minutes`, `loss`, `loss_by_span`, `recorded`, `total`; torn
+    lines are passed over.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [row for row in rows if row["step"] > 0]
+    rows = [row for row in lines_of(metrics) if row["step"] > 0]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     left.set(title="loss over training", xlabel="million tokens", ylabel="cross-entropy, nats a token", yscale="log")
     if rows:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from learner.base import Progress
+from learner.full_disk import patiently
 from learner.tracking.record import figures, record
 
 
@@ -43,7 +44,7 @@ class JsonLines:
         # JSON knows no NaN.
         numbers = {name: value if math.isfinite(value) else None for name, value in record(progress).items()}
         self._file.write(json.dumps({**numbers, "unix_s": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        patiently(self._file.flush)
 
     def close(self) -> None:
         self._file.close()
