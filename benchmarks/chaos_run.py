@@ -43,7 +43,7 @@ from rollout.ledger import Ledger
 
 EPISODES, PASSES = 300, 2
 SETTINGS = [
-    f"tasks.train_count={EPISODES}", "tasks.test_count=1", "retrieval.kind=bm25", "episode.max_steps=3",
+    f"tasks.train_count={EPISODES}", "tasks.test_count=6", "retrieval.kind=bm25", "episode.max_steps=3",
     "rollout.workers=2", "rollout.concurrency=2", "rollout.env_hosts=2", "rollout.queue_capacity=16",
     "cluster.roles.envs.strategy=SPREAD",
     f"learner.epochs={PASSES}", "learner.ranks=2", "learner.tokens_per_step=2000", "learner.optimizer=adamw",
@@ -115,6 +115,8 @@ class Chaos:
     def __init__(self, cluster: ChaosCluster, student: Path) -> None:
         self.cluster, self._student = cluster, student
         self._job: subprocess.Popen | None = None
+        self.steps = 100.0
+        """Of the whole training, as an undisturbed run has told."""
 
     def run(
         self, name: str, faults: Sequence[Fault], *, engine: bool = False, quiet_s: float = 0.0, noise_s: float = 0.0
@@ -191,7 +193,9 @@ class Chaos:
         found = check_ledger(Ledger(run / "ledger"), expected) + check_rows(run, passes=PASSES)
         felt = [TOLD_AS.get(each.kind, each.kind) for each in result.recoveries if each.felt and each.kind in TOLD]
         found += check_told(run, felt)
-        if quiet_s:
+        if not quiet_s:
+            self.steps = float(max(1, learned_steps(run)))
+        else:
             flight_s = max((t.duration_s for t in Ledger(run / "ledger").trajectories()), default=0.0)
             allowed_s = sum(each.away_s + each.lasted_s + flight_s for each in result.recoveries)
             found += check_time(took_s=result.took_s, undisturbed_s=quiet_s, allowed_s=allowed_s, noise_s=noise_s)
@@ -220,8 +224,8 @@ class Chaos:
             return _Open(fault, at_s, set(), work, filler=self.cluster.hosts.fill())
         hit = targets(fault, self.cluster, self._job.pid)
         had = {each.pid for each in of_kind(fault.kind, self.cluster)} if fault.kind in PROCESSES else set()
-        if not hit:
-            return None
+        if not hit or (fault.kind == "engine" and not _evaluated(run)):
+            return None  # an engine that dies before it has worked ends the job: it may be its settings
         self.cluster.kill(hit)
         if fault.kind == "driver":
             self._job.wait(10)
@@ -275,9 +279,6 @@ class Chaos:
         steps = len(arrivals.read_bytes().splitlines()) if arrivals.exists() else 0
         return 0.5 + 0.49 * min(1.0, steps / self.steps)
 
-    steps = 100.0
-    """Of the whole training; an undisturbed run tells."""
-
 
 def _work(run: Path) -> int:
     """Bytes of what the job has to show for itself: it grows with each episode, step and evaluated task."""
@@ -291,6 +292,11 @@ def _work(run: Path) -> int:
                 except OSError:
                     continue
     return total
+
+
+def _evaluated(run: Path) -> bool:
+    """Something is."""
+    return any((run / "evaluation").glob("*/**/*.parquet"))
 
 
 def learned_steps(run: Path) -> int:
