@@ -37,7 +37,7 @@ HEAD = "head"
 PORT = 6399
 BACK_S = 4.0
 """After so long a dead node is started again."""
-START_S = 180.0
+START_S = 300.0
 OF_RAY = (
     "site-packages/ray/",
     "ray.util.client.server",
@@ -171,7 +171,13 @@ class ChaosCluster:
         return set(json.loads(lines[-1][6:])) if lines else set()
 
     def _wait_for_head(self) -> None:
-        wait_until(lambda: self.is_up(HEAD), START_S, f"the head starts: {self._log(HEAD)}")
+        """Ray gives itself 30 s to start, which a busy machine may not keep: then it is started again."""
+
+        def up() -> bool:
+            self.tend()
+            return self.is_up(HEAD)
+
+        wait_until(up, START_S, "the head starts")
 
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
