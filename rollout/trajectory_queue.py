@@ -6,7 +6,7 @@ be: whatever goes in is in the ledger already, so a queue that dies costs no tra
 ledger again. Ray starts its actor again, empty and open; producers and consumers wait for it, and consumers are told by
 `QueueRestartedError` that they must read the ledger. Whoever had closed it must close it again.
 
-Tables travel as Arrow tables (`rollout.records`). The actor puts every table into the object store itself and so owns
+Tables travel as Arrow streams (`rollout.records`). The actor puts every table into the object store itself and so owns
 it: a producer that dies takes nothing with it (objects of a dead owner are lost in Ray).
 
 Example::
@@ -91,7 +91,7 @@ class TrajectoryBuffer:
     order of arrival while there is no room, consumers while there is nothing; `close` wakes both.
     """
 
-    def __init__(self, capacity: int, store: Callable[[pa.Table], Any] = lambda table: table) -> None:
+    def __init__(self, capacity: int, store: Callable[[Any], Any] = lambda table: table) -> None:
         if capacity < 1:
             raise ValueError(f"a queue needs room for at least one trajectory, not capacity={capacity}")
         self._capacity, self._store = capacity, store
@@ -101,7 +101,7 @@ class TrajectoryBuffer:
         self._closed = False
         self._depth = self._put = self._got = self._put_waits = self._get_waits = self._waiting_puts = 0
 
-    async def put(self, table: pa.Table, timeout_s: float = PUT_TIMEOUT_S) -> bool:
+    async def put(self, table: pa.Table | _Packed, timeout_s: float = PUT_TIMEOUT_S) -> bool:
         """Wait for room for all rows, then take them at once. False, and nothing taken, when the queue is closed.
 
         Raises `QueueFullError` after `timeout_s`, `ValueError` for a table that can never fit.
@@ -196,7 +196,7 @@ class _BufferActor:
         # ray.put here, and not in the producer: the owner of an object takes it along when it dies.
         self._buffer = TrajectoryBuffer(capacity, store=ray.put)
 
-    async def put(self, table: pa.Table, timeout_s: float) -> bool:
+    async def put(self, table: pa.Table | _Packed, timeout_s: float) -> bool:
         return await self._buffer.put(table, timeout_s)
 
     async def get(
@@ -267,7 +267,7 @@ class TrajectoryQueue:
             table = to_table(trajectories)
         else:
             return [trajectories]
-        return [table.slice(start, self.capacity) for start in range(0, table.num_rows, self.capacity)]
+        return [_packed(table.slice(start, self.capacity)) for start in range(0, table.num_rows, self.capacity)]
 
     # -- consumers
 
@@ -348,11 +348,32 @@ class TrajectoryQueue:
             await asyncio.sleep(_AWAY_S)
 
 
-def _rows(taken: Sequence[tuple[Any, int, int]], tables: Sequence[pa.Table]) -> list[Trajectory]:
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A table as it travels: Pickle would handle each of its hundred and more buffers by itself, at every stop."""
+
+    num_rows: int
+    stream: pa.Buffer
+    """Arrow's IPC stream."""
+
+
+def _packed(table: pa.Table) -> _Packed:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return _Packed(table.num_rows, sink.getvalue())
+
+
+def _unpacked(stored: pa.Table | _Packed) -> pa.Table:
+    """Tables that came by reference are as they were."""
+    return stored if isinstance(stored, pa.Table) else pa.ipc.open_stream(stored.stream).read_all()
+
+
+def _rows(taken: Sequence[tuple[Any, int, int]], tables: Sequence[pa.Table | _Packed]) -> list[Trajectory]:
     return [
         trajectory
         for (_, start, stop), table in zip(taken, tables, strict=True)
-        for trajectory in from_table(table.slice(start, stop - start))
+        for trajectory in from_table(_unpacked(table).slice(start, stop - start))
     ]
 
 
