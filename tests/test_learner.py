@@ -258,6 +258,18 @@ def test_checkpoints_are_rotated_and_whole(base: Path, tmp_path: Path) -> None:
     assert len(kept) == 2 and kept[-1] == f"step-{final.step:07d}"
 
 
+def test_a_checkpoint_that_is_asked_for_is_written_before_it_is_due(base: Path, tmp_path: Path) -> None:
+    def watch(progress: Progress) -> None:
+        if progress.step == 2:
+            learner.save_soon()
+
+    config = config_of(base, tmp_path, epochs=3, checkpoint_every_steps=1000)
+    learner = Learner(config, ListSource(ROWS), on_progress=watch)
+    final = learner.run()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert final.step > 4 and kept == ["step-0000002", f"step-{final.step:07d}"]
+
+
 def test_a_checkpoint_of_other_settings_is_refused(base: Path, tmp_path: Path) -> None:
     train(config_of(base, tmp_path), ROWS[:8])
     with pytest.raises(LearnerError, match="'optimizer': 'muon'.*resume with the same settings"):

@@ -203,6 +203,30 @@ def test_a_killed_rank_is_started_again_and_the_curve_is_that_of_an_uninterrupte
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_a_node_that_is_to_go_costs_no_more_than_since_the_notice(ray_cluster: Any, base: Path, tmp_path: Path) -> None:
+    config = config_of(base, tmp_path, zero_stage=2, epochs=16, ranks=2, checkpoint_every_steps=1000)
+    group = group_of(ray_cluster, config)
+    here = ray_cluster.get_runtime_context().get_node_id()
+    checkpoints, deadline = tmp_path / "checkpoints", time.monotonic() + 200
+    try:
+        group.run()
+        while group.progress().step < 3:
+            assert not group.finished() and time.monotonic() < deadline
+        assert not group.prepare_for_loss(["f" * len(here)])
+        assert group.prepare_for_loss([here]) and not group.prepare_for_loss([here])
+        while not list(checkpoints.glob("step-*")):
+            assert not group.finished() and time.monotonic() < deadline
+        kill_when(group, 1, step=0)
+        while not group.finished(timeout_s=1.0):
+            assert group.progress().step >= 0 and time.monotonic() < deadline
+        final = group.result(timeout_s=1.0)
+    finally:
+        group.shutdown()
+    assert final.done and final.restarts == 1 and final.resumed_from_step >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_that_die_too_often_end_the_run(ray_cluster: Any, base: Path, tmp_path: Path) -> None:
     group = group_of(ray_cluster, config_of(base, tmp_path, zero_stage=2, epochs=1000, ranks=2, restarts=1))
     try:
