@@ -4,6 +4,7 @@
     out/ledger/         every trajectory and every failure
     out/spend.jsonl     what API teachers cost, call by call, over all jobs
     out/summary.json    what came of it
+    out/events.jsonl    what went wrong on the way, where something did
     scratch/            this machine's: the index, caches (out itself unless that is a bucket)
 
 Another configuration is refused, and told what differs; more tasks, more samples, a higher cap and other filters are no
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launch.config import CollectConfig
 from launch.config_reading import to_plain
+from launch.events import NAME as EVENTS
+from launch.events import EventRecord
 from launch.run_folder import FREE, RunFolderError, check_same, read_record
 from rollout.storage import FolderStorage, open_storage
 
@@ -73,6 +76,24 @@ class CollectFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Raises `OSError`."""
         self._storage.replace(SUMMARY, _json(summary))
+
+    @contextmanager
+    def events(self, say: Callable[[str], None]) -> Iterator[EventRecord]:
+        """What goes wrong from now on; a bucket gets it at the end."""
+        kept = Path(self.out) if self.is_local else self.scratch / "events"
+        if not self.is_local:
+            kept.mkdir(parents=True, exist_ok=True)
+            (kept / EVENTS).unlink(missing_ok=True)
+            with suppress(OSError):  # none was written yet
+                (kept / EVENTS).write_bytes(self._storage.read(EVENTS))
+        record = EventRecord(kept, say=say)
+        try:
+            yield record
+        finally:
+            record.close()
+            if not self.is_local and (kept / EVENTS).exists():
+                with suppress(OSError):  # the collection itself is what counts
+                    self._storage.replace(EVENTS, (kept / EVENTS).read_bytes())
 
     def _refuse_foreign(self) -> None:
         """Before anything is written there."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from envs.base import EnvError
+from launch.actor_watch import ActorWatch
 from launch.cluster import ClusterError, ray_cluster
 from launch.collect_folder import CollectFolder
 from launch.collect_summary import Summary, summarise, summary_table
@@ -130,7 +131,7 @@ def _collect(
             config, environments, assigned, ledger=folder.ledger, meter=meter, placed=placed
         )
         try:
-            with view.stage("collecting"):
+            with folder.events(view.warn) as events, ActorWatch(events), view.stage("collecting"):
                 stopped = _watch(collection, meter, view)
             return stopped, meter.snapshot() if meter else None
         finally:

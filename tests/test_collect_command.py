@@ -19,12 +19,14 @@ from fault_server import FaultServer
 
 from envs.base import Task
 from launch.collect import main
+from launch.collect_folder import CollectFolder
 from launch.collect_summary import summarise, summary_table
 from launch.config import CollectConfig
 from launch.config_reading import load_config
 from rollout.curation import Curation
 from rollout.ledger import Ledger, LedgerWriter
 from rollout.retries import RetryRule
+from rollout.storage import open_storage
 from rollout.trajectory import Failure, FailureClass, StopReason, Trajectory, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,6 +236,15 @@ def refused_or_done(capsys, signals_kept) -> Callable[..., str]:
         return said.out + said.err
 
     return run
+
+
+def test_what_went_wrong_is_kept_in_a_bucket_over_jobs(bucket, tmp_path):
+    for machine, part in (("a", "queue"), ("b", "env host")):
+        folder = CollectFolder(f"{bucket}/under-fire", str(tmp_path / machine))
+        with folder.events(lambda line: None) as events:
+            events.tell(part, f"{part} died", away_s=1.5)
+    lines = open_storage(f"{bucket}/under-fire").read("events.jsonl").decode().splitlines()
+    assert [json.loads(line)["what"] for line in lines] == ["queue", "env host"]
 
 
 @slow_machine

@@ -20,6 +20,7 @@ from test_distill import assert_nothing_left
 from envs.starter import StarterWorld
 from launch.config import CollectConfig
 from launch.config_reading import load_config
+from launch.events import read_events
 from launch.world import load_world
 from learner.base_student import BASE_STUDENT_FOLDER
 from rollout.expert import ExpertPolicy
@@ -147,6 +148,7 @@ def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
     assert sum("look_up" in each.failure.message for each in failures if each.failure) >= len(hopeless) // 2
 
     # And it says so.
+    assert {"rollout worker", "env host"} <= {event.what for event in read_events(disk.kept)}
     summary = json.loads((disk.kept / "summary.json").read_text())
     assert (summary["expected"], summary["recorded"], sum(summary["failed"].values())) == (
         len(expected), len(keys), len(failed)
