@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from typing import Any
 from envs.base import Task
 from envs.local_envs import LocalEnvs
 from rollout.episode import EpisodeSettings
-from rollout.feed_actor import ANSWER_S, FeedActor, FeedEmptyError, is_dead
+from rollout.feed_actor import ANSWER_S, is_dead
+from rollout.feed_link import FeedLink, error_words
 from rollout.ledger import Ledger
 from rollout.policy import PolicyError
 from rollout.rollout_actor import (
@@ -38,9 +39,8 @@ from rollout.rollout_actor import (
     start_rollout_actors,
     stop_rollout_actors,
 )
-from rollout.task_feed import CollectProgress, EpisodeRequest, EpisodeSummary
+from rollout.task_feed import CollectionError, CollectProgress, EpisodeRequest
 from rollout.weight_loading import Weights
-from rollout.worker import summary_of
 
 __all__ = [
     "Collection", "CollectionError", "EnvSlots", "RolloutActor", "Weights", "missing_requests", "policy_groups",
@@ -55,17 +55,11 @@ TELL_S = 30.0
 """A worker that stays away for longer is told of."""
 SHORT_S = 10.0
 """When there are too few for longer, that is told."""
-BEAT_S = 1.0
-"""How often the feed is asked whether it is there."""
 FINAL_S = 10.0
 """Workers that have not begun when all is recorded are waited for so long."""
 RECORDING_S = 3.0
 """A worker that was recording when it was lost is given so long, should it live."""
 _AGAIN_S = 0.3
-
-
-class CollectionError(RuntimeError):
-    """A collection that cannot go on; the message names what is missing."""
 
 
 def missing_requests(
@@ -137,26 +131,18 @@ class Collection:
         least: int = 1,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        import ray
-
-        self._requests, self._found, self._settings = list(requests), found, settings
+        self._settings = settings
         self._hosts = hosts if isinstance(hosts, LocalEnvs) else tuple(hosts)
         self._ledger, self._queue, self._weights, self._adaptive = ledger, queue, weights, adaptive
         self._can_preview, self._env_timeout_s, self._concurrency = can_preview, env_timeout_s, concurrency
         self._least, self.say = least, say
-        self._began_unix_s = time.time()
-        self._stopped = ""
         self.awaits_more = False
         """Somebody adds workers in place of those that are gone for good (`launch.fleet`)."""
-        feed = ray.remote(FeedActor).options(**{"num_cpus": 0, **(feed_options or {}), "max_restarts": -1})
-        self._feed: Any = feed.remote()
-        self._feed.load.remote(self._requests, found)
-        self._beat: Any = None
-        self._beat_at_s = 0.0
-        self._seen: CollectProgress = CollectProgress(
-            total=found + len(self._requests), found=found, waiting=len(self._requests)
-        )
         self._workers: list[_Worker] = []
+        self._link = FeedLink(
+            requests, found=found, ledger=ledger, options=feed_options, say=lambda line: self.say(line),
+            running=lambda: [each.name for each in self._workers if each.run is not None],
+        )  # fmt: skip
         self._numbers, self._slots = itertools.count(), itertools.count()
         self._short_s: float | None = None
         """Since when there are fewer than `least`."""
@@ -182,7 +168,7 @@ class Collection:
         recorded; the rest is begun again by others. Then it leaves; with `returns` Ray starts it again elsewhere, and
         it goes on there. Returns how many episodes it has under way or not begun."""
         worker = next(each for each in self._workers if each.actor == actor)
-        held = self._seen.leased.get(worker.name, 0)
+        held = self._link.seen.leased.get(worker.name, 0)
         worker.drained_by_s, worker.returns = time.monotonic() + seconds, returns
         if worker.run is None and worker.away_s is None:
             self._drained(worker)
@@ -216,7 +202,7 @@ class Collection:
 
         self._call_back()
         waiting = [call for each in self._workers for call in (each.run, each.back) if call is not None]
-        waiting += [self._beat] if self._beat is not None else []
+        waiting += [self._link.beat] if self._link.beat is not None else []
         if waiting:
             ready = set(ray.wait(waiting, num_returns=1, timeout=timeout_s)[0])
         else:
@@ -227,7 +213,7 @@ class Collection:
                 self._ended(worker)
             elif worker.back in ready:
                 self._came_back(worker)
-        self._listen(answered=self._beat in ready)
+        self._link.listen(answered=self._link.beat in ready)
         self._end_late_drains()
         self._check_number()
         return self._over()
@@ -235,26 +221,22 @@ class Collection:
     def progress(self, timeout_s: float = ANSWER_S) -> CollectProgress:
         """Waits for a feed that is started again. Raises `TimeoutError`."""
         try:
-            self._seen = self._ask("progress", timeout_s=timeout_s)
+            return self._link.progress(timeout_s)
         except CollectionError as error:
             raise TimeoutError(str(error)) from error
-        return self._seen
 
     @property
     def waiting(self) -> int:
         """Episodes that nobody has begun, as last heard."""
-        return self._seen.waiting
+        return self._link.seen.waiting
 
     def stop(self, reason: str) -> None:
         """Start nothing more. What is under way comes to its end, and `poll` then says so."""
-        self._stopped = self._stopped or reason
-        self._ask("stop", reason)
+        self._link.stop(reason)
 
     def close(self) -> None:
         """Frees the feed; the actors stay for the next collection."""
-        import ray
-
-        ray.kill(self._feed)
+        self._link.close()
 
     # -- workers
 
@@ -269,7 +251,7 @@ class Collection:
         worker.back = worker.away_s = worker.drained_by_s = None
         worker.told = worker.returns = False
         worker.run = worker.actor.run.remote(
-            worker.name, worker.envs, self._settings, self._feed, str(self._ledger), self._queue, self._weights,
+            worker.name, worker.envs, self._settings, self._link.handle, str(self._ledger), self._queue, self._weights,
             self._adaptive,
         )  # fmt: skip
 
@@ -291,16 +273,16 @@ class Collection:
         except RayTaskError as error:
             if not self._may_work_again(worker, error.cause):
                 if worker.leave is None or not self._others(worker):
-                    raise CollectionError(f"rollout worker {worker.number}: {_words(error.cause)}") from error
+                    raise CollectionError(f"rollout worker {worker.number}: {error_words(error.cause)}") from error
                 self._released(worker)
-                self._remove(worker, f"cannot work: {_words(error.cause)}", broken=True)
+                self._remove(worker, f"cannot work: {error_words(error.cause)}", broken=True)
                 return
             ray.kill(worker.actor, no_restart=False)  # what an engine leaves behind ends with its process
             self._died(worker, error.cause)
         except RayError as error:  # its process died, its node is lost, or it finds no place
             self._died(worker, error)
         else:
-            self._ask("release", worker.name)
+            self._link.ask("release", worker.name)
             if worker.drained_by_s is not None:
                 self._drained(worker)
 
@@ -311,16 +293,16 @@ class Collection:
     def _released(self, worker: _Worker) -> tuple[int, int]:
         """(episodes that it recorded, episodes that went back); what it had recorded but not reported is not run
         again. It may live on where nobody sees it: from now on it records nothing."""
-        if self._ask("retire", worker.name):
+        if self._link.ask("retire", worker.name):
             time.sleep(RECORDING_S)
-        return self._ask("release", worker.name, list(Ledger(self._ledger).keys()))
+        return self._link.ask("release", worker.name, list(Ledger(self._ledger).keys()))
 
     def _died(self, worker: _Worker, error: Exception) -> None:
         recorded, back = self._released(worker)
         worker.proven = worker.proven or bool(recorded)
         worker.barren = 0 if recorded else worker.barren + 1
         if worker.barren > BARREN_STARTS:
-            why = f"died {worker.barren} times in a row without recording anything; the last time: {_words(error)}"
+            why = f"died {worker.barren} times in a row without recording anything; the last time: {error_words(error)}"
             if not self._others(worker):
                 raise CollectionError(f"rollout worker {worker.number} {why}") from error
             self._remove(worker, why, broken=True)
@@ -372,7 +354,7 @@ class Collection:
                 return
             if not self._others(worker) and not self.awaits_more:
                 raise CollectionError(
-                    f"rollout worker {worker.number} cannot be started again: {_words(error)}"
+                    f"rollout worker {worker.number} cannot be started again: {error_words(error)}"
                 ) from error
             self._remove(worker, "is gone for good")
         else:
@@ -401,7 +383,7 @@ class Collection:
         now_s = time.monotonic()
         away = [each for each in self._workers if each.away_s is not None]
         present = len(self._present())
-        if present >= self._least or self._nothing_left():
+        if present >= self._least or self._link.nothing_left:
             self._short_s = None
             for each in away:
                 if not each.told and now_s - (each.away_s or now_s) > TELL_S:
@@ -426,8 +408,7 @@ class Collection:
         running = [each for each in self._workers if each.run is not None]
         if running:
             return self._only_latecomers(running)
-        self._seen = self._ask("progress")
-        if self._seen.stopped or self._nothing_left():
+        if self._link.progress().stopped or self._link.nothing_left:
             return True
         for worker in self._present():  # something came back when they had ended
             self._start(worker)
@@ -435,77 +416,11 @@ class Collection:
 
     def _only_latecomers(self, running: Sequence[_Worker]) -> bool:
         """Whether all is recorded, and those that run have not even begun: their process or engine is not there."""
-        if not self._nothing_left() or any(each.name in self._seen.workers for each in running):
+        if not self._link.nothing_left or any(each.name in self._link.seen.workers for each in running):
             self._all_recorded_s = None
             return False
         self._all_recorded_s = self._all_recorded_s or time.monotonic()
         return time.monotonic() - self._all_recorded_s > FINAL_S
-
-    def _nothing_left(self) -> bool:
-        return self._seen.waiting == 0 and self._seen.running == 0
-
-    # -- the feed
-
-    def _listen(self, *, answered: bool) -> None:
-        """Once in a while: what the feed knows; and it is loaded anew when it was started again."""
-        import ray
-        from ray.exceptions import RayActorError
-
-        if answered:
-            call, self._beat = self._beat, None
-            try:
-                seen: Any = ray.get(call)
-                self._seen = seen
-            except FeedEmptyError:
-                self._reload()
-            except RayActorError:
-                pass  # it is being started
-        if self._beat is None and time.monotonic() - self._beat_at_s > BEAT_S:
-            self._beat, self._beat_at_s = self._feed.progress.remote(), time.monotonic()
-
-    def _ask(self, method: str, *arguments: Any, timeout_s: float = ANSWER_S) -> Any:
-        import ray
-        from ray.exceptions import RayActorError
-
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            try:
-                return ray.get(getattr(self._feed, method).remote(*arguments), timeout=timeout_s)
-            except FeedEmptyError:
-                self._reload()
-            except RayActorError as error:
-                if time.monotonic() > deadline_s:
-                    raise CollectionError(f"what hands out the episodes is gone: {_words(error)}") from error
-                time.sleep(_AGAIN_S)
-
-    def _reload(self) -> None:
-        """A new feed: what is recorded is in the ledger, what is under way its workers tell it."""
-        import ray
-        from ray.exceptions import RayActorError
-
-        recorded = {each.key: each for each in self._recorded()}
-        rest = [request for request in self._requests if request.key not in recorded]
-        names = [each.name for each in self._workers if each.run is not None]
-        try:
-            loading = self._feed.load.remote(rest, self._found, list(recorded.values()), names, self._stopped)
-            ray.get(loading, timeout=ANSWER_S)
-        except RayActorError:
-            return  # dead again; it is seen again
-        self.say(f"what hands out the episodes was started again: {len(recorded):,} are recorded, {len(rest):,} left")
-
-    def _recorded(self) -> Iterable[EpisodeSummary]:
-        ledger, keys = Ledger(self._ledger), {request.key for request in self._requests}
-        for each in ledger.failures():
-            if each.key in keys and each.started_at_s >= self._began_unix_s:  # earlier ones are tried again
-                yield summary_of(each)
-        for each in ledger.trajectories():
-            if each.key in keys:
-                yield summary_of(each)
-
-
-def _words(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _episodes(count: int) -> str:

@@ -26,6 +26,10 @@ from envs.base import Task
 from rollout.trajectory import FailureClass
 
 
+class CollectionError(RuntimeError):
+    """A collection that cannot go on; the message names what is missing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRequest:
     """One episode to run."""
