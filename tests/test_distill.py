@@ -18,9 +18,8 @@ from rollout.ledger import Ledger
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "tasks.train_count=60", "tasks.test_count=2", "learner.epochs=1", "learner.checkpoint_every_steps=2",
-    "rollout.queue_capacity=16", "evaluate.candidates=2", "evaluate.max_tokens=24", "evaluate.kv_cache_mb=64",
-    "evaluate.engine=in_process",
-    "episode.max_steps=3", "retrieval.kind=bm25",
+    "rollout.concurrency=4", "rollout.queue_capacity=16", "evaluate.candidates=2", "evaluate.max_tokens=24",
+    "evaluate.kv_cache_mb=64", "evaluate.engine=in_process", "episode.max_steps=3", "retrieval.kind=bm25",
 ]  # fmt: skip
 
 

@@ -226,6 +226,8 @@ def test_a_job_that_stopped_before_the_end_is_not_done():
 class Collected:
     """Stands where a `Collection` stands: its episodes are done at the second look."""
 
+    actors, waiting, awaits_more = (), 0, False
+
     def __init__(self, stopped: str = "") -> None:
         self.looks, self.closed, self.stopped = 0, False, stopped
 
