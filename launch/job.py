@@ -413,7 +413,8 @@ def _results(
 def _show(view: LiveView, results: dict[str, Any], folder: RunFolder) -> None:
     scores = {name: {kind: Score(**s) for kind, s in by_kind.items()} for name, by_kind in results["scores"].items()}
     kinds = list(dict.fromkeys(kind for by_kind in scores.values() for kind in by_kind))
-    view.console.print(score_table(scores, kinds, title="success on held-out tasks, % [95% interval]"))
+    if kinds:
+        view.console.print(score_table(scores, kinds, title="success on held-out tasks, % [95% interval]"))
     view.console.print(f"student:        {results['student']}", markup=False)
     view.console.print(f"learning curve: {results['learning_curve']}", markup=False)
     view.console.print(f'try it:         python -m launch.ask --run {folder.path} "your question"', markup=False)
