@@ -87,7 +87,7 @@ def check_told(run: Path, felt: Iterable[str]) -> list[Finding]:
     """The run's record of events names each of `felt`, and the report shows the record."""
     from launch.events import read_events
 
-    told = Counter(event.what for event in read_events(run))
+    told = Counter(event.what for event in read_events(run) if not event.returned)
     page = (run / "report.html").read_text() if (run / "report.html").exists() else ""
     found = [
         Finding(what="untold", count=1, words=f"a {what} was felt {count} times and told {told[what]} times")

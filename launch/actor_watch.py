@@ -7,7 +7,7 @@ that `ray.util.state` shows, which itself needs a dashboard; `ray._private.state
 Example::
 
     with ActorWatch(events):
-        ...                       # events.tell("env host", "an env host on 10.0.0.7 died and is back", away_s=2.9)
+        ...                  # events.tell("env host", "an env host is back on 10.0.0.7", away_s=2.9, returned=True)
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ActorWatch:
             self.look_at_actors([each for each in actors.values() if each["JobID"] == job])
 
     def look_at_actors(self, actors: list[dict[str, Any]]) -> None:
-        """Against the last look; tells of those that have died since, once they are back."""
+        """Against the last look; tells of those that have died since, and of those that are back."""
         now_s = time.monotonic()
         for actor in actors:
             part = PARTS.get(actor["ActorClassName"])
@@ -81,13 +81,15 @@ class ActorWatch:
                 continue
             state, restarts = actor["State"], int(actor["NumRestarts"])
             seen = self._actors.setdefault(actor["ActorID"], _Seen(restarts, state))
-            if state == "RESTARTING" and seen.away_since_s is None:
+            if state == "RESTARTING" and seen.away_since_s is None:  # at once: this job may die before it is back
                 seen.away_since_s = now_s
-            if state == "ALIVE" and (restarts > seen.restarts or seen.away_since_s is not None):
-                away_s = LOOK_S if seen.away_since_s is None else now_s - seen.away_since_s
-                seen.restarts, seen.away_since_s = restarts, None
-                where = actor["Address"]["IPAddress"]
-                self._events.tell(part[0], f"{part[1]} died and is back on {where}", away_s=away_s)
+                self._events.tell(part[0], f"{part[1]} died")
+            if state == "ALIVE" and seen.away_since_s is not None:
+                away_s, seen.restarts, seen.away_since_s = now_s - seen.away_since_s, restarts, None
+                self._events.tell(part[0], f"{part[1]} is back on {_where(actor)}", away_s=away_s, returned=True)
+            elif state == "ALIVE" and restarts > seen.restarts:
+                seen.restarts = restarts
+                self._events.tell(part[0], f"{part[1]} died and is back on {_where(actor)}", away_s=LOOK_S)
             seen.state = state
 
     def look_at_nodes(self, nodes: list[dict[str, Any]]) -> None:
@@ -98,8 +100,13 @@ class ActorWatch:
             was = self._nodes.get(key)
             if was is None and alive and not first:
                 since = [at for other, at in self._nodes.values() if not other]
-                self._events.tell("node", f"the node {name} joined", away_s=now_s - max(since) if since else None)
+                away_s = now_s - max(since) if since else None
+                self._events.tell("node", f"the node {name} joined", away_s=away_s, returned=True)
             if was is not None and was[0] and not alive:
                 self._events.tell("node", f"the node {name} was lost")
             if was is None or was[0] != alive:
                 self._nodes[key] = (alive, now_s)
+
+
+def _where(actor: dict[str, Any]) -> str:
+    return actor["Address"]["IPAddress"]

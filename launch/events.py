@@ -36,6 +36,8 @@ class Event:
     """For people, in a sentence."""
     away_s: float | None = None
     """How long that part was away; None where nobody can tell, or where it has not come back."""
+    returned: bool = False
+    """It is right again, and was told of before when it went wrong."""
 
 
 class EventRecord:
@@ -44,9 +46,10 @@ class EventRecord:
     def __init__(self, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> None:
         self._lines, self._say = PatientLines(folder / NAME), say
 
-    def tell(self, what: str, words: str, *, away_s: float | None = None) -> None:
+    def tell(self, what: str, words: str, *, away_s: float | None = None, returned: bool = False) -> None:
         away_s = None if away_s is None else round(away_s, 1)
-        self._lines.add(asdict(Event(unix_s=round(time.time(), 1), what=what, words=words, away_s=away_s)))
+        event = Event(unix_s=round(time.time(), 1), what=what, words=words, away_s=away_s, returned=returned)
+        self._lines.add(asdict(event))
         self._say(words if away_s is None else f"{words} (away for {away_s:g} s)")
 
     def close(self) -> None:

@@ -206,14 +206,24 @@ def actor(state: str, restarts: int, kind: str = "EnvHost") -> dict[str, Any]:
             "Address": {"IPAddress": "10.0.0.7"}}  # fmt: skip
 
 
-@pytest.mark.parametrize("states", [[("RESTARTING", 0), ("ALIVE", 1)], [("ALIVE", 1)]], ids=["seen away", "too fast"])
-def test_an_actor_that_died_and_is_back_is_told_once(tmp_path: Path, states: list[tuple[str, int]]) -> None:
+def test_an_actor_that_died_is_told_at_once_and_again_when_it_is_back(tmp_path: Path) -> None:
     watch = ActorWatch(EventRecord(tmp_path))
-    for state, restarts in [("ALIVE", 0), *states, ("ALIVE", 1)]:
+    for state, restarts in [("ALIVE", 0), ("RESTARTING", 0), ("RESTARTING", 1)]:
         watch.look_at_actors([actor(state, restarts), actor(state, restarts, "SomebodyElses")])
+    assert [(each.what, each.words) for each in read_events(tmp_path)] == [("env host", "an env host died")]
+    for _ in range(2):
+        watch.look_at_actors([actor("ALIVE", 1)])
+    [died, back] = read_events(tmp_path)
+    assert back.words == "an env host is back on 10.0.0.7" and back.away_s is not None
+    assert back.returned and not died.returned
+
+
+def test_an_actor_that_was_back_before_anybody_looked_is_told_once(tmp_path: Path) -> None:
+    watch = ActorWatch(EventRecord(tmp_path))
+    for restarts in (0, 1, 1):
+        watch.look_at_actors([actor("ALIVE", restarts)])
     [event] = read_events(tmp_path)
-    assert event.what == "env host" and event.words == "an env host died and is back on 10.0.0.7"
-    assert event.away_s is not None
+    assert event.words == "an env host died and is back on 10.0.0.7" and not event.returned
 
 
 def test_nodes_that_are_lost_and_join_are_told_and_those_of_the_start_are_not(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ _MOST = 100
 def went_wrong(figures: Figures) -> Markup:
     """Empty where nothing did."""
     events = events_of(figures.files.lines(EVENTS))
-    if not events:
+    counts = Counter(event.what for event in events if not event.returned)
+    if not counts:
         return Markup("")
-    counts = Counter(event.what for event in events)
     summary = ", ".join(f"{what} {number(count)}" for what, count in counts.most_common())
     parts: list[object] = [
         tag("h2", TITLE),
