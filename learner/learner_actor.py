@@ -196,7 +196,7 @@ class LearnerGroup:
             timeout_s=timeout_s,
         )
         try:
-            group._start_ranks(max(1.0, timeout_s - (time.monotonic() - begun)))
+            group._start_first(max(1.0, timeout_s - (time.monotonic() - begun)))
         except BaseException:
             group.shutdown()
             raise
@@ -316,6 +316,22 @@ class LearnerGroup:
             self._restarting.join(DEATH_NOTICE_S)
 
     # -- starting, and starting again
+
+    def _start_first(self, timeout_s: float) -> None:
+        """Ranks of which one dies meanwhile are started again. Raises what a rank raises, or `LearnerError`."""
+        import ray.exceptions
+
+        while True:
+            try:
+                return self._start_ranks(timeout_s)
+            except ray.exceptions.RayActorError as error:
+                self._kill()
+                if self.restarts >= self._config.restarts:
+                    raise LearnerError(f"a rank of the learner died while it was started: {error}") from error
+                self.restarts += 1
+                time.sleep(DEATH_AGAIN_S)
+            except ray.exceptions.GetTimeoutError as error:
+                raise LearnerError(f"the learner's ranks did not start within {timeout_s:.0f} s") from error
 
     def _start_ranks(self, timeout_s: float) -> None:
         import ray

@@ -225,6 +225,43 @@ def test_a_node_that_is_to_go_costs_no_more_than_since_the_notice(ray_cluster: A
     assert final.done and final.restarts == 1 and final.resumed_from_step >= 3
 
 
+class DeadlySource:
+    """Ends the process that it is brought to, so many times; then it is a `ListSource`."""
+
+    def __init__(self, marks: Path, times: int) -> None:
+        self._marks, self._times = marks, times
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _die_or_bring, (self._marks, self._times)
+
+
+def _die_or_bring(marks: Path, times: int) -> ListSource:
+    marks.mkdir(exist_ok=True)
+    if (died := len(list(marks.iterdir()))) < times:
+        (marks / str(died)).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ListSource(ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_that_dies_while_it_is_started_is_started_again(ray_cluster: Any, base: Path, tmp_path: Path) -> None:
+    from learner.learner_actor import LearnerGroup
+
+    for module in (learner_samples, sys.modules[__name__]):
+        ray_cluster.cloudpickle.register_pickle_by_value(module)
+    config = config_of(base, tmp_path / "once", ranks=2, restarts=1)
+    group = LearnerGroup.start(config, DeadlySource(tmp_path / "deaths", 1))
+    try:
+        group.run()
+        final = group.result(timeout_s=200)
+    finally:
+        group.shutdown()
+    assert final.done and final.restarts == 1
+    with pytest.raises(LearnerError, match="a rank of the learner died while it was started"):
+        LearnerGroup.start(config_of(base, tmp_path / "twice", restarts=1), DeadlySource(tmp_path / "more", 2))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ranks_that_die_too_often_end_the_run(ray_cluster: Any, base: Path, tmp_path: Path) -> None:
