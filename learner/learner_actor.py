@@ -167,6 +167,8 @@ class LearnerGroup:
 
         `resources`: custom ones of each rank. `placement`: a placement group with a bundle for each rank, which is
         theirs from now on; else they make one."""
+        import ray.exceptions
+
         begun = time.monotonic()
         if placement is None:
             bundle = {"CPU": cpus_per_rank, **({"GPU": gpus_per_rank} if gpus_per_rank else {}), **(resources or {})}
@@ -196,9 +198,13 @@ class LearnerGroup:
             timeout_s=timeout_s,
         )
         try:
-            group._start_first(max(1.0, timeout_s - (time.monotonic() - begun)))
-        except BaseException:
+            group._start_surviving(max(1.0, timeout_s - (time.monotonic() - begun)))
+        except BaseException as error:
             group.shutdown()
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise LearnerError(f"a rank of the learner died while it was started: {error}") from error
+            if isinstance(error, ray.exceptions.GetTimeoutError):
+                raise LearnerError(f"the learner's ranks did not start within {timeout_s:g} s") from error
             raise
         return group
 
@@ -317,21 +323,20 @@ class LearnerGroup:
 
     # -- starting, and starting again
 
-    def _start_first(self, timeout_s: float) -> None:
-        """Ranks of which one dies meanwhile are started again. Raises what a rank raises, or `LearnerError`."""
+    def _start_surviving(self, timeout_s: float) -> None:
+        """Ranks of which one dies meanwhile (its node is lost just then) are started again, and count as restarts.
+        Raises what a rank raises, Ray's error of the last death, `GetTimeoutError`."""
         import ray.exceptions
 
         while True:
             try:
                 return self._start_ranks(timeout_s)
-            except ray.exceptions.RayActorError as error:
+            except ray.exceptions.RayActorError:
                 self._kill()
-                if self.restarts >= self._config.restarts:
-                    raise LearnerError(f"a rank of the learner died while it was started: {error}") from error
+                if self._failed is not None or self.restarts >= self._config.restarts:
+                    raise
                 self.restarts += 1
                 time.sleep(DEATH_AGAIN_S)
-            except ray.exceptions.GetTimeoutError as error:
-                raise LearnerError(f"the learner's ranks did not start within {timeout_s:.0f} s") from error
 
     def _start_ranks(self, timeout_s: float) -> None:
         import ray
@@ -390,27 +395,20 @@ class LearnerGroup:
         import ray
         import ray.exceptions
 
-        while True:
-            try:
-                # The old ranks must be gone: they write into the same folder.
-                ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
-                self._start_ranks(self._timeout_s)
-                self._refs = [actor.run.remote() for actor in self._actors]
-                if self._stopping:
+        try:
+            # The old ranks must be gone: they write into the same folder.
+            ray.wait(self._refs, num_returns=len(self._refs), timeout=DEATH_NOTICE_S)
+            self._start_surviving(self._timeout_s)
+            self._refs = [actor.run.remote() for actor in self._actors]
+            if self._stopping:
+                with contextlib.suppress(ray.exceptions.RayActorError):  # `finished` sees it and starts them again
                     self.stop()
-                return
-            except Exception as error:
-                self._kill()
-                died = isinstance(error, ray.exceptions.RayActorError)
-                if died and self._failed is None and self.restarts < self._config.restarts:
-                    self.restarts += 1
-                    time.sleep(DEATH_AGAIN_S)
-                    continue
-                placeless = _placeless(self._placement) if isinstance(error, TimeoutError) else 0
-                missing = f" ({placeless} of {self._config.ranks} have no node to be on)" if placeless else ""
-                self._failed = LearnerError(f"the learner's ranks could not be started again{missing}: {error}")
-                self._failed.__cause__ = error
-                return
+        except Exception as error:
+            self._kill()
+            placeless = _placeless(self._placement) if isinstance(error, TimeoutError) else 0
+            missing = f" ({placeless} of {self._config.ranks} have no node to be on)" if placeless else ""
+            self._failed = LearnerError(f"the learner's ranks could not be started again{missing}: {error}")
+            self._failed.__cause__ = error
 
     def _kill(self) -> None:
         import ray

@@ -222,10 +222,11 @@ def test_a_spend_cap_stops_the_calls_and_is_not_exceeded(tmp_path: Path) -> None
         assert spent.requests == sum(isinstance(result, list) for result in results)
         # A resumed job knows, and goes on where the cap is higher.
         resumed = SpendMeter(SpendCap(tokens=3000), path)
-        assert isinstance(only_error(ask(server, 1, sampling, meter=LocalMeter(resumed))[0]), BudgetExceeded)
+        too_long = Sampling(max_tokens=300, timeout_s=30)
+        assert isinstance(only_error(ask(server, 1, too_long, meter=LocalMeter(resumed))[0]), BudgetExceeded)
         resumed.close()
         higher = SpendMeter(SpendCap(tokens=6000), path)
-        results, _ = ask(server, 1, sampling, meter=LocalMeter(higher), prices=PRICES)
+        results, _ = ask(server, 1, too_long, meter=LocalMeter(higher), prices=PRICES)
         higher.close()
     assert isinstance(results[0], list)
 
