@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from launch.events import EventRecord
+from rollout.node_watch import LOOK_S, Cluster, NodeWatch
 
-LOOK_S = 1.0
 PARTS = {
     "RolloutActor": ("rollout worker", "a rollout worker"),
     "EnvHost": ("env host", "an env host"),
@@ -36,7 +36,6 @@ class _Seen:
     """One actor."""
 
     restarts: int
-    state: str
     away_since_s: float | None = None
 
 
@@ -48,7 +47,8 @@ class ActorWatch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="actor-watch", daemon=True)
         self._actors: dict[str, _Seen] = {}
-        self._nodes: dict[str, tuple[bool, float]] = {}
+        self._nodes = NodeWatch()
+        self._node_lost_s: float | None = None
 
     def __enter__(self) -> ActorWatch:
         self._thread.start()
@@ -65,11 +65,11 @@ class ActorWatch:
         job = ray.get_runtime_context().get_job_id()
         while not self._ended.wait(LOOK_S):
             try:
-                nodes = ray.nodes()
                 actors: Any = state.actors()
             except Exception:  # Ray's head is away, or shut down: there is nobody to ask
                 continue
-            self.look_at_nodes(nodes)
+            if (cluster := self._nodes.look()) is not None:
+                self.look_at_nodes(cluster)
             self.look_at_actors([each for each in actors.values() if each["JobID"] == job])
 
     def look_at_actors(self, actors: list[dict[str, Any]]) -> None:
@@ -80,7 +80,7 @@ class ActorWatch:
             if part is None:
                 continue
             state, restarts = actor["State"], int(actor["NumRestarts"])
-            seen = self._actors.setdefault(actor["ActorID"], _Seen(restarts, state))
+            seen = self._actors.setdefault(actor["ActorID"], _Seen(restarts))
             if state == "RESTARTING" and seen.away_since_s is None:  # at once: this job may die before it is back
                 seen.away_since_s = now_s
                 self._events.tell(part[0], f"{part[1]} died")
@@ -90,22 +90,17 @@ class ActorWatch:
             elif state == "ALIVE" and restarts > seen.restarts:
                 seen.restarts = restarts
                 self._events.tell(part[0], f"{part[1]} died and is back on {_where(actor)}", away_s=LOOK_S)
-            seen.state = state
 
-    def look_at_nodes(self, nodes: list[dict[str, Any]]) -> None:
-        """Against the last look; tells of nodes that are lost, and of those that join."""
-        now_s, first = time.monotonic(), not self._nodes
-        for node in nodes:
-            key, alive, name = node["NodeID"], bool(node["Alive"]), node["NodeManagerAddress"]
-            was = self._nodes.get(key)
-            if was is None and alive and not first:
-                since = [at for other, at in self._nodes.values() if not other]
-                away_s = now_s - max(since) if since else None
-                self._events.tell("node", f"the node {name} joined", away_s=away_s, returned=True)
-            if was is not None and was[0] and not alive:
-                self._events.tell("node", f"the node {name} was lost")
-            if was is None or was[0] != alive:
-                self._nodes[key] = (alive, now_s)
+    def look_at_nodes(self, cluster: Cluster) -> None:
+        """What its look found: tells of nodes that are lost, and of those that join."""
+        now_s = time.monotonic()
+        for node in cluster.lost:
+            self._node_lost_s = now_s
+            self._events.tell("node", f"the node {cluster.name_of(node.key)} was lost")
+        for node in cluster.joined:
+            away_s = None if self._node_lost_s is None else now_s - self._node_lost_s
+            self._node_lost_s = None
+            self._events.tell("node", f"the node {cluster.name_of(node.key)} joined", away_s=away_s, returned=True)
 
 
 def _where(actor: dict[str, Any]) -> str:

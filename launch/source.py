@@ -34,7 +34,7 @@ class StreamSource:
         if self._waiting is None:
             self._waiting = deque(self._recorded())
         if self._waiting:
-            return [self._waiting.popleft() for _ in range(min(max_trajectories, len(self._waiting)))]
+            return self._take(max_trajectories)
         if not self._streaming:
             return None
         assert self._queue is not None
@@ -42,12 +42,16 @@ class StreamSource:
             arrived = self._queue.get(max_trajectories, timeout_s)
         except QueueRestartedError:
             self._waiting = deque(self._recorded())
-            return [self._waiting.popleft() for _ in range(min(max_trajectories, len(self._waiting)))]
+            return self._take(max_trajectories)
         if arrived is None:
             self._streaming = False
             self._waiting = deque(self._recorded())
             return self.next(max_trajectories, timeout_s)
         return list(self._new(arrived))
+
+    def _take(self, most: int) -> list[Trajectory]:
+        assert self._waiting is not None
+        return [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
 
     def _recorded(self) -> list[Trajectory]:
         return list(self._new(Ledger(self._ledger).trajectories()))

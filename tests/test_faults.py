@@ -36,6 +36,8 @@ from learner.base import Progress
 from learner.checkpoints import CheckpointFolder
 from learner.full_disk import patiently
 from rollout.ledger import Ledger, LedgerWriter
+from rollout.node_watch import changed
+from rollout.placement_fit import Node
 from rollout.task_feed import CollectProgress, WorkerState
 from rollout.trajectory_queue import QueueRestartedError, TrajectoryQueue
 
@@ -228,10 +230,11 @@ def test_an_actor_that_was_back_before_anybody_looked_is_told_once(tmp_path: Pat
 
 def test_nodes_that_are_lost_and_join_are_told_and_those_of_the_start_are_not(tmp_path: Path) -> None:
     watch = ActorWatch(EventRecord(tmp_path))
-    nodes = [{"NodeID": name, "Alive": True, "NodeManagerAddress": name} for name in "ab"]
-    watch.look_at_nodes(nodes)
-    watch.look_at_nodes([nodes[0], {**nodes[1], "Alive": False}])
-    watch.look_at_nodes([nodes[0], {**nodes[1], "Alive": False}, {**nodes[1], "NodeID": "c"}])
+    a, b, again = (Node(name=key[0], key=key, total={"CPU": 1}) for key in ("a1", "b1", "b2"))
+    cluster = None
+    for nodes in ([a, b], [a], [a, again]):
+        cluster = changed(cluster, nodes, {})
+        watch.look_at_nodes(cluster)
     assert [(each.what, each.words) for each in read_events(tmp_path)] == [
         ("node", "the node b was lost"), ("node", "the node b joined")
     ]  # fmt: skip
