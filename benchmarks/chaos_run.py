@@ -59,6 +59,9 @@ ENDS_S = 45.0
 TOLD = {"rollout worker", "env host", "retrieval", "queue", "feed", "learner rank", "driver", "node", "raylet"}
 TOLD_AS = {"learner rank": "learner", "driver": "job", "raylet": "node"}
 """Kind of fault -> what its event is called, where that differs."""
+UNSEEN_S = 2.0
+"""A job looks at its parts once a second: a driver that is killed so soon after one of them cannot have told of it. Its
+own end is told, by the next one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ class Recovery:
     lasted_s: float
     """The fault itself."""
     felt: bool
-    """The job went on without it for a while: it did not end before."""
+    """The job went on without it for a while: it did not end before, by itself or by a fault of its own."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,6 +108,8 @@ class _Open:
     work: int
     healed_s: float | None = None
     filler: Path | None = None
+    lived_s: float | None = None
+    """How long the driver lived on; None: it was not killed."""
     replaced: bool = False
     """What was hit is there again; then work has to grow beyond `work`."""
 
@@ -159,7 +164,10 @@ class Chaos:
                     result.commands += 1
                 self.cluster.tend()
                 while waiting and self._moment(run) >= waiting[0].at and (begun := self._begin(waiting[0], run)):
-                    killed_driver = killed_driver or waiting[0].kind == "driver"
+                    if waiting[0].kind == "driver":
+                        killed_driver = True
+                        for each in open_faults:
+                            each.lived_s = begun.at_s - each.at_s
                     open_faults.append(begun)
                     waiting.pop(0)
                 for each in list(open_faults):
@@ -247,7 +255,7 @@ class Chaos:
                 each.work = _work(run)
         if not each.replaced or _work(run) <= each.work:
             return None
-        return self._closed(each, felt=True)
+        return self._closed(each, felt=each.lived_s is None or each.lived_s > UNSEEN_S)
 
     def _closed(self, each: _Open, felt: bool = False) -> Recovery:
         now_s = time.monotonic()

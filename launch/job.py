@@ -239,8 +239,7 @@ class _Stages:
             )  # fmt: skip
             if seen.stopped:
                 raise CollectionError(seen.stopped)
-            if trouble.look(learned, seen):
-                self.view.warn("a rank of the learner died; all of them start again from the last checkpoint")
+            trouble.look(learned, seen)
             if learned.first_step_unix_s is not None and not first_step.exists():
                 with contextlib.suppress(OSError):  # a full disk; it is written the next time
                     write_json(first_step, {"unix_s": learned.first_step_unix_s})

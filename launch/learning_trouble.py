@@ -1,5 +1,6 @@
 """What goes wrong while the teacher acts and the student learns, as the job's loop sees it: ranks of the learner that
-died, a ledger that cannot be written. Told to `launch.events` when it is right again.
+died, a ledger that cannot be written. Told to `launch.events` at once (this job may end before it is right again), and
+again when it is.
 
 Example::
 
@@ -29,23 +30,23 @@ class LearningTrouble:
         self._silent = Progress()
         """What the learner told last before its ranks died."""
         self._full_since_s: float | None = None
-        self._note = ""
 
-    def look(self, learned: Progress, collected: CollectProgress) -> bool:
-        """Whether ranks have died since the last look."""
-        now_s, died = time.monotonic(), learned.restarts > self._restarts
-        if died:
+    def look(self, learned: Progress, collected: CollectProgress) -> None:
+        now_s = time.monotonic()
+        if learned.restarts > self._restarts:
             self._restarts = learned.restarts
             self._restarted_at_s, self._silent = self._restarted_at_s or now_s, learned
+            self._events.tell("learner", "a rank of the learner died; all of them start again from the last checkpoint")
         elif self._restarted_at_s is not None and _goes_on(self._silent, learned):
             self._back()
         notes = [each.note for each in collected.workers.values() if _LEDGER in each.note]
         if notes and self._full_since_s is None:
-            self._full_since_s, self._note = now_s, notes[0]
+            self._full_since_s = now_s
+            self._events.tell("disk", notes[0])
         elif not notes and self._full_since_s is not None:
-            self._events.tell("disk", f"{self._note}: it was waited for", away_s=now_s - self._full_since_s)
+            away_s = now_s - self._full_since_s
+            self._events.tell("disk", "the ledger can be written again", away_s=away_s, returned=True)
             self._full_since_s = None
-        return died
 
     def close(self) -> None:
         """Whatever has not been told."""
@@ -55,7 +56,8 @@ class LearningTrouble:
     def _back(self) -> None:
         assert self._restarted_at_s is not None
         away_s = time.monotonic() - self._restarted_at_s
-        self._events.tell("learner", "a rank of the learner died; all went on from the last checkpoint", away_s=away_s)
+        words = "the learner went on from its last checkpoint"
+        self._events.tell("learner", words, away_s=away_s, returned=True)
         self._restarted_at_s = None
 
 

@@ -240,15 +240,23 @@ def test_nodes_that_are_lost_and_join_are_told_and_those_of_the_start_are_not(tm
     ]  # fmt: skip
 
 
-def test_a_learner_that_went_on_and_a_disk_that_was_full_are_told(tmp_path: Path) -> None:
+def test_a_learner_that_went_on_and_a_disk_that_was_full_are_told_at_once_and_when_it_is_over(tmp_path: Path) -> None:
+    def told() -> list[tuple[str, bool]]:
+        return [(each.what, each.returned) for each in read_events(tmp_path)]
+
     trouble, full = LearningTrouble(EventRecord(tmp_path)), WorkerState(note="the ledger cannot be written: No space")
     calm = CollectProgress()
-    assert not trouble.look(Progress(step=4, first_step_unix_s=1.0), CollectProgress(workers={"w": full}))
-    assert trouble.look(Progress(step=4, first_step_unix_s=1.0, restarts=1), calm)
-    assert not trouble.look(Progress(step=0, restarts=1), calm)
-    assert [each.what for each in read_events(tmp_path)] == ["disk"]
-    assert not trouble.look(Progress(step=5, first_step_unix_s=2.0, restarts=1), calm)
-    assert [each.what for each in read_events(tmp_path)] == ["disk", "learner"]
+    for _ in range(2):
+        trouble.look(Progress(step=4, first_step_unix_s=1.0), CollectProgress(workers={"w": full}))
+    assert told() == [("disk", False)]
+    trouble.look(Progress(step=4, first_step_unix_s=1.0, restarts=1), calm)
+    assert told() == [("disk", False), ("learner", False), ("disk", True)]
+    trouble.look(Progress(step=0, restarts=1), calm)
+    assert len(told()) == 3
+    for _ in range(2):
+        trouble.look(Progress(step=5, first_step_unix_s=2.0, restarts=1), calm)
+    assert told()[3:] == [("learner", True)]
+    assert all((each.away_s is not None) == each.returned for each in read_events(tmp_path))
 
 
 def test_lines_that_found_no_room_are_written_with_the_next_and_a_torn_one_spoils_none(tmp_path: Path) -> None:
