@@ -13,7 +13,7 @@ Example::
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +100,8 @@ def _drawn(rng: random.Random, kind: str, workers: Sequence[str]) -> Fault:
     return Fault(at=at, kind=kind, choice=choice)
 
 
-def targets(fault: Fault, cluster: ChaosCluster, driver: int) -> list[psutil.Process]:
-    """The processes that a fault kills; none for one that kills nothing."""
+def targets(fault: Fault, cluster: ChaosCluster, driver: int, *, but: Collection[int] = ()) -> list[psutil.Process]:
+    """The processes that a fault kills; none for one that kills nothing. `but`: see `of_kind`."""
     if fault.kind == "driver":
         return [each for each in cluster.processes(HEAD) if each.pid == driver]
     if fault.kind == "node":
@@ -109,11 +109,11 @@ def targets(fault: Fault, cluster: ChaosCluster, driver: int) -> list[psutil.Pro
     if fault.kind == "raylet":
         return [each for each in cluster.processes(fault.host) if Path(title(each).split(" ")[0]).name == "raylet"]
     if fault.kind in PROCESSES:
-        found = of_kind(fault.kind, cluster)
+        found = of_kind(fault.kind, cluster, but=but)
         return [found[int(fault.choice * len(found))]] if found else []
     return []
 
 
-def of_kind(kind: str, cluster: ChaosCluster) -> list[psutil.Process]:
-    """Processes of that role."""
-    return [each for each in cluster.processes() if title(each).startswith(PROCESSES[kind])]
+def of_kind(kind: str, cluster: ChaosCluster, *, but: Collection[int] = ()) -> list[psutil.Process]:
+    """Processes of that role, but for those with these ids."""
+    return [each for each in cluster.processes() if each.pid not in but and title(each).startswith(PROCESSES[kind])]

@@ -120,6 +120,8 @@ class Chaos:
     def __init__(self, cluster: ChaosCluster, student: Path) -> None:
         self.cluster, self._student = cluster, student
         self._job: subprocess.Popen | None = None
+        self._earlier: set[int] = set()
+        """Of the job, when the command was given again: what a driver that was killed leaves is about to end."""
         self.steps = 100.0
         """Of the whole training, as an undisturbed run has told."""
 
@@ -160,10 +162,13 @@ class Chaos:
                         )
                         break
                     killed_driver = False
+                    self._earlier = {each.pid for kind in PROCESSES for each in of_kind(kind, self.cluster)}
                     self._job = self.cluster.start_job(command, log)
                     result.commands += 1
                 self.cluster.tend()
-                while waiting and self._moment(run) >= waiting[0].at and (begun := self._begin(waiting[0], run)):
+                while waiting and not killed_driver and self._moment(run) >= waiting[0].at:
+                    if (begun := self._begin(waiting[0], run)) is None:
+                        break
                     if waiting[0].kind == "driver":
                         killed_driver = True
                         for each in open_faults:
@@ -230,8 +235,8 @@ class Chaos:
             return _Open(fault, at_s, set(), work)
         if fault.kind == "disk":
             return _Open(fault, at_s, set(), work, filler=self.cluster.hosts.fill())
-        hit = targets(fault, self.cluster, self._job.pid)
-        had = {each.pid for each in of_kind(fault.kind, self.cluster)} if fault.kind in PROCESSES else set()
+        hit = targets(fault, self.cluster, self._job.pid, but=self._earlier)
+        had = self._of_kind(fault.kind) if fault.kind in PROCESSES else set()
         if not hit or (fault.kind == "engine" and not _evaluated(run)):
             return None  # an engine that dies before it has worked ends the job: it may be its settings
         self.cluster.kill(hit)
@@ -265,13 +270,16 @@ class Chaos:
     def _is_replaced(self, each: _Open) -> bool:
         kind = each.fault.kind
         if kind in PROCESSES:
-            now = {process.pid for process in of_kind(kind, self.cluster)}
+            now = self._of_kind(kind)
             return len(now) >= len(each.had) and bool(now - each.had)
         if kind in ("node", "raylet"):
             return time.monotonic() - each.at_s > BACK_S and self.cluster.is_up(each.fault.host)
         if kind == "driver":
             return self._job is not None and self._job.pid not in each.had
         return True
+
+    def _of_kind(self, kind: str) -> set[int]:
+        return {each.pid for each in of_kind(kind, self.cluster, but=self._earlier)}
 
     def _moment(self, run: Path) -> float:
         """How far the job is."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,28 @@ from envs.base import EnvError
 from launch.actor_watch import ActorWatch
 from launch.cluster import ClusterError, ray_cluster
 from launch.config import DistillConfig
-from launch.config_reading import to_plain
 from launch.evaluation.during_training import LiveEvaluation, start_live_evaluation
 from launch.evaluation.intervals import Score
 from launch.evaluation.scoring import EvaluationError, run_evaluation, student_settings, student_spec
 from launch.evaluation.student_scores import StudentScores, StudentWorkers, validation_tasks
 from launch.events import EventRecord
+from launch.job_record import (
+    collected_at_first_step,
+    found_of_earlier,
+    minutes_so_far,
+    removed_by_curation,
+    results_of,
+    show_results,
+    silence_s,
+)
 from launch.joint_collection import JointCollection
 from launch.learning_trouble import LearningTrouble
 from launch.live.job_views import distill_view
 from launch.live.ray_metrics import metrics_url
-from launch.live.status_file import NAME as STATUS
 from launch.live.view import LiveView
 from launch.patient_lines import PatientLines
 from launch.placement import Placed, place_job, service_options
-from launch.report import draw_learning_curve, reported, score_table, scores_to_json
+from launch.report import draw_learning_curve, reported
 from launch.reuse import reuse
 from launch.run_folder import RunFolder, write_json
 from launch.source import StreamSource
@@ -45,7 +51,7 @@ from learner.base_student import BASE_STUDENT_FOLDER
 from learner.config import LearnerConfig
 from learner.learner_actor import LearnerGroup
 from rollout.collector import CollectionError, Weights, stop_rollout_actors
-from rollout.curation import Curation, describe
+from rollout.curation import describe
 from rollout.ledger import Ledger, LedgerError
 from rollout.placement import PlacementError
 from rollout.trajectory_queue import QueueError, TrajectoryQueue
@@ -66,7 +72,7 @@ class JobError(RuntimeError):
 
 def run_job(config: DistillConfig, folder: RunFolder, *, resumed: bool) -> None:
     """Everything from tasks to `results.json`. Raises `JobError`; whatever it started is ended in any case."""
-    silent_s = _silent_s(folder) if resumed else None
+    silent_s = silence_s(folder) if resumed else None
     with reported(folder.path, ledgers=folder.place), distill_view(config, folder) as view:
         _run_job(config, folder, view, resumed=resumed, silent_s=silent_s)
 
@@ -78,11 +84,11 @@ def _run_job(
     world = load_world(config, folder.index)
     view.say(f"run {folder.place}: recipe {config.recipe}, seed {config.seed}")
     if resumed:
-        view.say(_found(folder, config.episodes_of(len(world.train))))
+        view.say(found_of_earlier(folder, config.episodes_of(len(world.train))))
     events = EventRecord(folder.path, say=view.warn)
     if folder.results.exists():
         view.say("this run is complete; its scores:")
-        _show(view, json.loads(folder.results.read_text()), folder)
+        show_results(view, json.loads(folder.results.read_text()), folder)
         return
     if silent_s is not None:
         events.tell("job", "an earlier job ended before it was done; this one goes on", away_s=silent_s)
@@ -104,11 +110,11 @@ def _run_job(
     except TROUBLE as error:
         raise JobError(str(error)) from error
     folder.gather()
-    results = _results(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
+    results = results_of(config, folder, scores, learned, minutes=(time.monotonic() - started_s) / 60)
     write_json(folder.results, results)
     draw_learning_curve(folder.metrics, folder.curve, title=f"{config.recipe}, seed {config.seed}")
     view.conclude()
-    _show(view, results, folder)
+    show_results(view, results, folder)
 
 
 def start_environments(
@@ -188,8 +194,8 @@ class _Stages:
         self.folder.bring_learner()
         learned = {
             **asdict(final),
-            **_first_step(self.folder, total),
-            "curation": _curated(curation, Ledger(self.folder.ledger)),
+            **collected_at_first_step(self.folder, total),
+            "curation": removed_by_curation(curation, Ledger(self.folder.ledger)),
         }
         write_json(record, learned)
         return learned
@@ -215,7 +221,7 @@ class _Stages:
         queue: TrajectoryQueue,
         scores: StudentScores | LiveEvaluation | None,
     ) -> None:
-        began_s = time.monotonic() - 60 * _minutes_so_far(self.folder.metrics)
+        began_s = time.monotonic() - 60 * minutes_so_far(self.folder.metrics)
         first_step, collected, last_step = self.folder.first_step, False, -1
         trouble = LearningTrouble(self.events)
         metrics = PatientLines(self.folder.metrics)
@@ -340,80 +346,5 @@ def _model_folder(learner: LearnerConfig) -> Path | str:
     return path.absolute() if path.exists() else learner.model_path
 
 
-def _curated(curation: Curation, ledger: Ledger) -> dict[str, Any]:
-    """What each filter removed of what was recorded."""
-    curated = curation.stream.apply(ledger.trajectories)
-    deque(curated.kept, maxlen=0)
-    return curated.report.to_json()
-
-
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def _found(folder: RunFolder, episodes: int) -> str:
-    """What an earlier job left, in one line."""
-    steps, evaluated = folder.checkpoints(), folder.evaluated()
-    parts = [
-        f"{len(Ledger(folder.ledger).keys())} of {episodes} trajectories",
-        f"checkpoints {', '.join(steps)}" if steps else "no checkpoint",
-        f"evaluations {', '.join(evaluated)}" if evaluated else "no evaluation",
-    ]
-    return "found of an earlier job: " + "; ".join(parts)
-
-
-def _first_step(folder: RunFolder, total: int) -> dict[str, Any]:
-    """How much had been collected when the run's first optimizer step ended."""
-    if not folder.first_step.exists():
-        return {}
-    moment_s = json.loads(folder.first_step.read_text())["unix_s"]
-    ended_s = [t.started_at_s + t.duration_s for t in Ledger(folder.ledger).trajectories()]
-    before = sum(ended <= moment_s for ended in ended_s)
-    return {"collected_at_first_step": before, "collected_share_at_first_step": before / max(total, 1)}
-
-
-def _minutes_so_far(metrics: Path) -> float:
-    """Where an earlier job's clock stopped; a line that was torn when it died does not count."""
-    for line in reversed(metrics.read_text(errors="replace").splitlines() if metrics.exists() else []):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return float(json.loads(line)["minutes"])
-    return 0.0
-
-
-def _silent_s(folder: RunFolder) -> float | None:
-    """Since an earlier job last wrote how it stood; None where none came so far."""
-    status = folder.path / STATUS
-    return max(0.0, time.time() - status.stat().st_mtime) if status.exists() else None
-
-
-def _results(
-    config: DistillConfig,
-    folder: RunFolder,
-    scores: dict[str, dict[str, Score]],
-    learned: dict[str, Any],
-    *,
-    minutes: float,
-) -> dict[str, Any]:
-    from launch.environment import describe_environment
-
-    return {
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "minutes": round(minutes, 2),
-        "scores": scores_to_json(scores),
-        "student": f"{folder.place}/learner/student",
-        "learning_curve": f"{folder.place}/{folder.curve.name}",
-        "learner": learned,
-        "environment": describe_environment(),
-        "config": to_plain(config),
-    }
-
-
-def _show(view: LiveView, results: dict[str, Any], folder: RunFolder) -> None:
-    scores = {name: {kind: Score(**s) for kind, s in by_kind.items()} for name, by_kind in results["scores"].items()}
-    kinds = list(dict.fromkeys(kind for by_kind in scores.values() for kind in by_kind))
-    if kinds:
-        view.console.print(score_table(scores, kinds, title="success on held-out tasks, % [95% interval]"))
-    view.console.print(f"student:        {results['student']}", markup=False)
-    view.console.print(f"learning curve: {results['learning_curve']}", markup=False)
-    view.console.print(f'try it:         python -m launch.ask --run {folder.path} "your question"', markup=False)

@@ -68,7 +68,8 @@ class Environments:
         return Environments(_groups(config, self.search, slots), self.retrieval, self.search)
 
     def wait_ready(self) -> bool:
-        """Waits until the index is loaded and every host answers; returns whether they can preview.
+        """Waits until the index is loaded and every host answers; returns whether they can preview. A host that dies
+        meanwhile is asked again once Ray has started it anew.
 
         Raises `EnvError`.
         """
@@ -78,7 +79,7 @@ class Environments:
             self.retrieval.wait_ready(START_TIMEOUT_S)
         try:
             hosts = [host for group in self.groups if not isinstance(group, LocalEnvs) for host in group]
-            asked = [host.can_preview.remote() for host in hosts]
+            asked = [host.can_preview.options(max_task_retries=-1).remote() for host in hosts]
             return all(ray.get(asked, timeout=START_TIMEOUT_S))
         except (ray.exceptions.RayError, TimeoutError) as error:  # type: ignore[attr-defined]
             raise EnvError(f"the env hosts could not start: {str(error).strip().splitlines()[-1]}") from error

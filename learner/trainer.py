@@ -17,19 +17,19 @@ import dataclasses
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.admission import Admission
 from learner.arrival_log import ArrivalLog
 from learner.base import LearnerError, Progress, RankLostError, TrajectorySource
 from learner.card_facts import data_facts, training_facts
 from learner.config import LearnerConfig
-from learner.curriculum import Curriculum, held_out, make_ordering
-from learner.examples import Example, ExampleMaker, RefusedRow, Scorer
+from learner.curriculum import Curriculum, make_ordering
+from learner.examples import Example, ExampleMaker, Scorer
 from learner.gradient_guard import GradientGuard
-from learner.intake import END, Arrival, Intake
+from learner.intake import Arrival, Intake
 from learner.model_selection import BestStudent, copy_folder
 from learner.needed_scores import configured_scorer, refuse_missing_scores
 from learner.packing import MicroBatch, StepPlan, plan_step
@@ -82,9 +82,6 @@ class Learner:
         self._stop = threading.Event()
         self._save = threading.Event()
         self._scores: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
-        self._refused: Counter[str] = Counter()
-        self._first_refused: dict[str, str] = {}
-        self._validation: list[Example] = []
         self._rows: list[Example] = []
         """Of the present step."""
         self._curriculum = Curriculum(
@@ -94,6 +91,7 @@ class Learner:
             epochs=config.epochs,
             ordering=make_ordering(config.curriculum) if rank == 0 else None,
         )
+        self._admission = Admission(config, self._objective, self._curriculum)
         self._tokenizer = student_tokenizer(config.model_path) if rank == 0 else None
         self._folder = Path(config.output_dir)
         self._best = BestStudent(config, folder=self._folder)
@@ -185,7 +183,8 @@ class Learner:
         was_finished = finished
         waiting_since = last_order = time.monotonic()
         while not finished and not self._stop.is_set():
-            self._drain(intake)
+            self._admission.fill(intake)
+            self._update(**self._admission.figures())
             self._take_scores()
             epoch = self._curriculum.epoch
             rows = self._curriculum.take()
@@ -209,10 +208,7 @@ class Learner:
                     yield self._all(Order(kind="wait"))
                 self._wait(intake)
         if self._progress.step == 0:
-            raise LearnerError(
-                f"nothing to train on: {self._progress.trajectories} trajectories arrived, "
-                f"refused {dict(self._refused)}, held out {len(self._validation)}{self._why_refused()}"
-            )
+            raise LearnerError(f"nothing to train on: {self._admission.in_words()}")
         if finished and not was_finished:
             yield from self._last_measurements(backend)
         self._update(fraction=1.0 if finished else self._progress.fraction, done=finished)
@@ -271,9 +267,9 @@ class Learner:
 
     def _validate(self, backend: DeepSpeedBackend) -> Iterator[list[Order]]:
         """Measure what is held out; keep the student when it is the best by that."""
-        if not self._validation or self._validated_at == self._progress.step:
+        if not self._admission.validation or self._validated_at == self._progress.step:
             return
-        plan = self._plan(backend, self._validation)
+        plan = self._plan(backend, self._admission.validation)
         yield [Order(kind="validate", batches=batches, total_weight=plan.total_weight) for batches in plan.ranks]
         self._validated_at = self._progress.step
         loss = self._progress.validation_loss
@@ -362,56 +358,15 @@ class Learner:
     def _budget_spent(self) -> bool:
         return self.config.max_tokens is not None and self._progress.tokens >= self.config.max_tokens
 
-    # -- rank 0: what arrives
+    # -- rank 0: what comes
 
     def _wait(self, intake: Intake) -> None:
         begun = time.monotonic()
-        self._take_in(intake, timeout_s=0.5)
+        self._admission.take(intake, timeout_s=0.5)
         waited = time.monotonic() - begun
         self._meter.waited(waited, learning=self._progress.first_step_unix_s is not None)
-        self._update(wait_s=self._progress.wait_s + waited, stall_share=self._meter.stall_share)
-
-    def _drain(self, intake: Intake) -> None:
-        """What is there, up to `ahead_rows`: the rest stays in the queue, whose producers then wait for us."""
-        curriculum = self._curriculum
-        while not curriculum.stream_ended and curriculum.waiting < self.config.ahead_rows:
-            if not self._take_in(intake, timeout_s=0.0):
-                return
-
-    def _take_in(self, intake: Intake, *, timeout_s: float) -> bool:
-        """Put one arrival where it belongs; False when there was none."""
-        arrival = intake.next(timeout_s)
-        if arrival is None:
-            return False
-        if not isinstance(arrival, (Example, RefusedRow)):
-            assert arrival is END
-            try:
-                self._curriculum.end_stream()
-            except ValueError as error:
-                raise LearnerError(str(error)) from error
-            return True
-        arrived = self._progress.trajectories + 1
-        if isinstance(arrival, Example):
-            arrival = self._objective.fit(arrival)  # it may lack what the objective needs
-        if isinstance(arrival, RefusedRow):
-            reason = arrival.reason.value
-            self._refused[reason] += 1
-            self._first_refused.setdefault(reason, f"{arrival.key}: {arrival.detail}")
-        elif held_out(arrival.task_id, self.config.validation_share):
-            self._validation.append(arrival)
-        elif not self._curriculum.add(arrival, arrived):
-            self._refused["duplicate"] += 1
-        self._update(
-            trajectories=arrived,
-            examples=len(self._curriculum.examples),
-            held_out=len(self._validation),
-            refused=dict(self._refused),
-        )
-        return True
-
-    def _why_refused(self) -> str:
-        told = "; ".join(f"{reason}: {detail}" for reason, detail in self._first_refused.items() if detail)
-        return f" (the first of each: {told})" if told else ""
+        figures = self._admission.figures()
+        self._update(**figures, wait_s=self._progress.wait_s + waited, stall_share=self._meter.stall_share)
 
     def _take_scores(self, timeout_s: float = 0.0) -> None:
         """What rollouts said of students that were handed out; waits for the first one only."""

@@ -23,6 +23,7 @@ from benchmarks.chaos_cluster import MARK, ChaosCluster
 from benchmarks.chaos_faults import KINDS, draw, kinds_of_run
 from benchmarks.chaos_hosts import Hosts
 from benchmarks.chaos_invariants import check_ledger, check_orphans, check_rows, check_time, check_told
+from envs.base import EnvError
 from launch.actor_watch import ActorWatch
 from launch.events import EventRecord, read_events
 from launch.learning_trouble import LearningTrouble
@@ -32,6 +33,7 @@ from launch.report.event_section import TITLE, went_wrong
 from launch.report.figures import gather
 from launch.report.run_files import find
 from launch.source import StreamSource
+from launch.wiring import Environments
 from learner.base import Progress
 from learner.checkpoints import CheckpointFolder
 from learner.full_disk import patiently
@@ -226,6 +228,33 @@ def test_an_actor_that_was_back_before_anybody_looked_is_told_once(tmp_path: Pat
         watch.look_at_actors([actor("ALIVE", restarts)])
     [event] = read_events(tmp_path)
     assert event.words == "an env host died and is back on 10.0.0.7" and not event.returned
+
+
+def test_env_hosts_that_die_while_they_are_waited_for_are_asked_again(ray_cluster: Any, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+
+    @ray_cluster.remote(num_cpus=0, max_restarts=1)
+    class Host:
+        def can_preview(self) -> bool:
+            if not asked.exists():
+                asked.touch()
+                time.sleep(60)
+            return True
+
+    host = Host.remote()  # type: ignore[attr-defined]
+
+    def kill() -> None:
+        while not asked.exists():
+            time.sleep(0.05)
+        ray_cluster.kill(host, no_restart=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert Environments([[host]], None).wait_ready()
+    killer.join()
+    ray_cluster.kill(host)
+    with pytest.raises(EnvError, match="the env hosts could not start: The actor is dead"):
+        Environments([[host]], None).wait_ready()
 
 
 def test_nodes_that_are_lost_and_join_are_told_and_those_of_the_start_are_not(tmp_path: Path) -> None:

@@ -428,19 +428,6 @@ def test_vote_compares_single_runs_with_the_majority(tmp_path, expert, capsys):
     )
 
 
-@pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket of an S3-compatible server on this machine."""
-    from pyarrow import fs
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_endpoint)
-    store = fs.S3FileSystem(endpoint_override=s3_endpoint, region="us-east-1", allow_bucket_creation=True)
-    store.create_dir("ledgers")
-    return "s3://ledgers"
-
-
 def test_ledgers_may_be_in_a_bucket(folder, bucket, capsys):
     asked(capsys, "merge", folder, "--out", f"{bucket}/a/ledger")
     data = asked(capsys, "filter", f"{bucket}/a/ledger", "--curation", "strict", "--out", f"{bucket}/kept")

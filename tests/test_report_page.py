@@ -6,13 +6,11 @@ import base64
 import hashlib
 import json
 import re
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
 from browser import open_chromium
 from report_samples import failed, run_folder, sampled, whole_run
@@ -252,18 +250,6 @@ def test_a_complete_run_that_is_shown_again_keeps_its_report(tmp_path: Path) -> 
     with reported(run, say=said.append):
         pass
     assert (run / REPORT).read_text() == "as it was" and not said
-
-
-@pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://...` of a new one."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    fs = pyarrow.fs.S3FileSystem(endpoint_override=s3_endpoint, allow_bucket_creation=True, region="us-east-1")
-    name = f"report-{uuid.uuid4().hex[:8]}"
-    fs.create_dir(name)
-    return f"s3://{name}"
 
 
 def test_a_collection_in_a_bucket_has_its_report_there(bucket: str) -> None:

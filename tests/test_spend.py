@@ -210,18 +210,6 @@ def test_a_file_that_is_something_else_is_refused_and_left_alone(tmp_path: Path)
     assert path.read_text() == "dear diary\ntoday\n"
 
 
-@pytest.fixture
-def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket of an S3-compatible server."""
-    import boto3
-
-    names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in {**names, "AWS_ENDPOINT_URL": s3_endpoint}.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="spent")
-    return "s3://spent"
-
-
 def test_what_was_spent_is_kept_in_an_object_store(bucket: str) -> None:
     path = f"{bucket}/seven/spend.jsonl"
     for i in range(3):
