@@ -194,7 +194,8 @@ def test_a_job_that_was_stopped_leaves_nothing_and_goes_on_elsewhere(
 ) -> None:
     run_dir = f"{store}/stopped"
     run = StoredRun(run_dir, str(tmp_path / "reader"))
-    job = [f"run_dir={run_dir}", "tasks.train_count=300", "learner.epochs=1"]
+    # With so few rows ahead of the learner, the workers wait for it: they are not done when it is stopped.
+    job = [f"run_dir={run_dir}", "tasks.train_count=600", "learner.epochs=1", "learner.ahead_rows=16"]
     cluster.submit("first", *job, f"scratch={tmp_path / 'a'}")
     cluster.wait("first", lambda: run.checkpoints() or cluster.status("first") in ENDED)
     assert cluster.status("first") == "RUNNING", cluster.logs("first")
@@ -211,10 +212,10 @@ def test_a_job_that_was_stopped_leaves_nothing_and_goes_on_elsewhere(
     cluster.wait("second", lambda: cluster.status("second") in ENDED, within_s=400)
     logs = cluster.logs("second")
     assert cluster.status("second") == "SUCCEEDED", logs
-    assert f"found of an earlier job: {len(recorded)} of 300 trajectories" in logs and step in logs
+    assert f"found of an earlier job: {len(recorded)} of 600 trajectories" in logs and step in logs
     cluster.wait_empty(within_s=60)
     ledger = Ledger(run.ledger)
-    assert recorded < ledger.keys() and ledger.count() == 300 and ledger.duplicates() == 0
+    assert recorded < ledger.keys() and ledger.count() == 600 and ledger.duplicates() == 0
     results = json.loads(open_storage(run_dir).read("results.json"))
     # One pass over all that can be trained on, over both jobs: the second one went on from the first one's checkpoint.
     assert results["learner"]["resumed_from_step"] >= int(step.removeprefix("step-"))
