@@ -12,10 +12,11 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from launch.config import ClusterConfig
+from launch.local_ray import local_ray
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {
@@ -57,37 +58,46 @@ def ray_cluster(config: ClusterConfig, *, variables: Sequence[str] = ()) -> Iter
     # Workers import our packages from here, installed or not.
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    import ray
-
     if address:
         check_reachable(address)
     on_stop = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            what = f"the Ray at {address}"
-        else:
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus,
-                object_store_memory=config.object_store_mb << 20,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _metrics_export_port=config.metrics_port,
-            )
-            what = "a Ray of its own on this machine"
-            if config.metrics_port is not None:
-                what += f", metrics at http://127.0.0.1:{config.metrics_port}/metrics"
-    except Exception as error:  # a bare one where the node does not come up in time
-        raise ClusterError(f"cannot use Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_stop)  # ray.init puts a handler of its own there
-    try:
+    with ExitStack() as stack:
+        try:
+            what = stack.enter_context(_joined(address) if address else _started(config))
+        except Exception as error:  # a bare one where the node does not come up in time
+            reason = str(error).splitlines()[0]
+            raise ClusterError(f"cannot use Ray at {address or 'this machine'}: {reason}") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_stop)  # ray.init puts a handler of its own there
         _check_variables([name for name in variables if os.environ.get(name)] if address else [])
         yield what
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[str]:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        yield f"the Ray at {address}"
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _started(config: ClusterConfig) -> Iterator[str]:
+    what = "a Ray of its own on this machine"
+    if config.metrics_port is not None:
+        what += f", metrics at http://127.0.0.1:{config.metrics_port}/metrics"
+    with local_ray(
+        num_cpus=config.num_cpus,
+        object_store_memory=config.object_store_mb << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _metrics_export_port=config.metrics_port,
+    ):
+        yield what
 
 
 def _check_free(port: int) -> None:

@@ -23,8 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import psutil
-from test_distill import processes_of
+from job_processes import processes_of, title
 
 _MOUNT = """
 mount -t tmpfs -o size="$1"m,mode=700 tmpfs "$2" || exit 70
@@ -102,7 +101,7 @@ class Faults:
 
     def kill(self, name: str, mark: Path) -> bool:
         """SIGKILL for one process whose title begins with `name`, if there is one now: whether there was."""
-        found = [process for process in processes_of(mark) if _title(process).startswith(name)]
+        found = [process for process in processes_of(mark) if title(process).startswith(name)]
         if found:
             os.kill(self._rng.choice(sorted(found, key=lambda each: each.pid)).pid, signal.SIGKILL)
             self.done[name] += 1
@@ -115,10 +114,3 @@ class Faults:
         self.kill("ray::RolloutActor", mark)  # what it has finished and cannot write must be done again
         time.sleep(_FULL_S / 2)
         filler.unlink()
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

@@ -1,21 +1,19 @@
 """The main job as its user runs it: a small run that is killed, goes on, finishes, and leaves no process behind."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from job_processes import assert_nothing_left, processes_of, start_marked
 
 from launch.distill import main as distill
 from learner.audit.__main__ import main as audit
 from rollout.ledger import Ledger
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "tasks.train_count=150", "tasks.test_count=2", "learner.epochs=1", "learner.checkpoint_every_steps=2",
     "rollout.concurrency=4", "rollout.queue_capacity=16", "evaluate.candidates=2", "evaluate.max_tokens=24",
@@ -23,31 +21,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "launch/distill.py", f"run_dir={run_dir}", *SMALL, *overrides]
-    # A mark that every process of the job inherits, so that what is left of it can be found.
-    environment = {**os.environ, "APPRENTICE_TEST_RUN": str(run_dir)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def processes_of(run_dir: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("APPRENTICE_TEST_RUN") == str(run_dir) and process.pid != os.getpid():
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def assert_nothing_left(run_dir: Path, within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while left := processes_of(run_dir):
-        assert time.monotonic() < deadline, [" ".join(process.cmdline())[:120] for process in left]
-        time.sleep(0.2)
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    return start_marked([sys.executable, "launch/distill.py", f"run_dir={run_dir}", *SMALL, *overrides], run_dir)
 
 
 def wait_for(condition, job: subprocess.Popen, within_s: float = 90.0) -> None:

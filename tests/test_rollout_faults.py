@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fault_injection import Faults, SmallDisk
 from fault_server import FAULTS, FaultServer
-from test_distill import assert_nothing_left
+from job_processes import MARK, assert_nothing_left, start_marked
 
 from envs.starter import StarterWorld
 from launch.config import CollectConfig
@@ -28,7 +28,6 @@ from rollout.ledger import Ledger
 from rollout.policy import Sampling
 from rollout.trajectory import FailureClass, Message
 
-ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-faults-0f9e8d7c6b5a49382716"
 TOOL_S = 3.0
 HANGING_SERVER = """
@@ -83,7 +82,7 @@ def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
     script, output, scratch = tmp_path / "hanging.py", tmp_path / "output.txt", tmp_path / "scratch"
     script.write_text(HANGING_SERVER)
     disk = SmallDisk(tmp_path / "out", kept=tmp_path / "kept", megabytes=48)
-    server_environment = f"{{APPRENTICE_TEST_RUN:'{tmp_path}'}}"
+    server_environment = f"{{{MARK}:'{tmp_path}'}}"
     overrides = [
         f"out={disk.folder}", f"scratch={scratch}", "tasks.train_count=520", "tasks.test_count=1",
         "retrieval.kind=bm25", "teacher=openai", "teacher.model=m", "teacher.api_key_env=FAULT_TEST_KEY",
@@ -102,10 +101,8 @@ def test_a_collection_under_fire_ends_with_every_key_once(tmp_path):
         open(output, "wb") as out,
     ):
         command = [sys.executable, "launch/collect.py", *overrides, f"teacher.base_url={server.base_url}"]
-        environment = {
-            **os.environ, "FAULT_TEST_KEY": KEY, "APPRENTICE_TEST_RUN": str(tmp_path), "RAY_TMPDIR": ray_folder
-        }  # fmt: skip
-        job = subprocess.Popen(disk.command(command), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        environment = {"FAULT_TEST_KEY": KEY, "RAY_TMPDIR": ray_folder}
+        job = start_marked(disk.command(command), tmp_path, output=out, environment=environment)
         ledger = disk.seen_from_outside(job) / "ledger"
 
         def done() -> float:
@@ -333,11 +330,9 @@ class VllmJob:
         self.expected = {config.episode.key(task, "m", 0) for task in tasks}
         self.output = folder / "output.txt"
 
-    def start(self) -> subprocess.Popen:
-        command = [sys.executable, "launch/collect.py", *self.overrides]
-        environment = {**os.environ, "APPRENTICE_TEST_RUN": str(self.folder)}
+    def start(self) -> subprocess.Popen[str]:
         with open(self.output, "wb") as output:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            return start_marked([sys.executable, "launch/collect.py", *self.overrides], self.folder, output=output)
 
     def share(self) -> float:
         return Ledger(self.out / "ledger").count() / len(self.expected)
