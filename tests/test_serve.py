@@ -15,6 +15,7 @@ from envs.pool import EnvHost, EnvSpec
 from envs.retrieval.corpus import Passage
 from envs.retrieval.retriever import Hit
 from launch.serving import api_errors
+from launch.serving.places import LineFull, Places
 from launch.serving.recorder import Recorder
 from launch.serving.search_log import SearchLog
 from rollout.ledger import Ledger, LedgerWriter
@@ -218,6 +219,30 @@ def test_the_same_seed_samples_the_same_and_none_samples_anew(host):
 
 
 # -- places, and clients that leave
+
+
+def test_a_place_is_held_until_its_env_is_closed():
+    class SlowToClose:
+        closed = asyncio.Event()
+
+        async def close(self):
+            await self.closed.wait()
+
+    async def scenario():
+        slow = SlowToClose()
+        places = Places([slow], line=0, wait_s=1.0)
+        assert places.running == 0
+        taken = await places.take()
+        assert places.running == 1
+        places.give_back(taken)
+        assert places.running == 1
+        with pytest.raises(LineFull, match="all 1 places are taken and 0 requests wait"):
+            await places.take()
+        slow.closed.set()
+        await places.settled()
+        assert places.running == 0 and await places.take() is slow
+
+    run(scenario())
 
 
 @pytest.mark.parametrize("stream", [False, True])

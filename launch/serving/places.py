@@ -57,7 +57,8 @@ class Places:
 
     @property
     def running(self) -> int:
-        return len(self._taken)
+        """Places that are not free: episodes, and envs that are being closed after one."""
+        return self.count - self._free.qsize()
 
     async def take(self) -> AsyncEnv:
         """A free env, after waiting for it if need be. Raises `LineFull`, `WaitedTooLong`."""
