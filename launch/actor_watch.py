@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from launch.events import EventRecord
+from launch.node_record import NodeRecord
 from rollout.node_watch import LOOK_S, Cluster, NodeWatch
 
 PARTS = {
@@ -40,10 +41,10 @@ class _Seen:
 
 
 class ActorWatch:
-    """Watches the actors of this driver's job from `__enter__` to `__exit__`."""
+    """Watches the actors of this driver's job, and the nodes, from `__enter__` to `__exit__`."""
 
     def __init__(self, events: EventRecord) -> None:
-        self._events = events
+        self._events, self._record = events, NodeRecord(events.folder)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="actor-watch", daemon=True)
         self._actors: dict[str, _Seen] = {}
@@ -92,8 +93,10 @@ class ActorWatch:
                 self._events.tell(part[0], f"{part[1]} died and is back on {_where(actor)}", away_s=LOOK_S)
 
     def look_at_nodes(self, cluster: Cluster) -> None:
-        """What its look found: tells of nodes that are lost, and of those that join."""
+        """What its look found: tells of nodes that are lost, and of those that join; at first of those lost before."""
         now_s = time.monotonic()
+        for name in self._record.look(cluster.nodes):
+            self._events.tell("node", f"the node {name} was lost as an earlier job ended")
         for node in cluster.lost:
             self._node_lost_s = now_s
             self._events.tell("node", f"the node {cluster.name_of(node.key)} was lost")

@@ -44,7 +44,7 @@ class EventRecord:
     """Appends to `folder`/events.jsonl; for any thread. `say` is told each event in words."""
 
     def __init__(self, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> None:
-        self._lines, self._say = PatientLines(folder / NAME), say
+        self.folder, self._lines, self._say = folder, PatientLines(folder / NAME), say
 
     def tell(self, what: str, words: str, *, away_s: float | None = None, returned: bool = False) -> None:
         away_s = None if away_s is None else round(away_s, 1)

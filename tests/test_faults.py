@@ -269,6 +269,27 @@ def test_nodes_that_are_lost_and_join_are_told_and_those_of_the_start_are_not(tm
     ]  # fmt: skip
 
 
+def test_a_node_that_was_lost_as_a_job_ended_is_told_by_the_next(tmp_path: Path) -> None:
+    def next_job_tells(*keys: str) -> list[str]:
+        before = len(read_events(tmp_path))
+        watch = ActorWatch(EventRecord(tmp_path))
+        nodes = [Node(name=key[0], key=key, total={"CPU": 1}) for key in keys]
+        for cluster in (changed(None, nodes, {}), changed(None, nodes, {})):
+            watch.look_at_nodes(cluster)
+        return [f"{each.what}: {each.words}" for each in read_events(tmp_path)[before:]]
+
+    kept = tmp_path / "nodes.json"
+    assert next_job_tells("a1", "b1", "c1") == []
+    assert next_job_tells("a1", "c2", "b1") == ["node: the node c was lost as an earlier job ended"]
+    assert next_job_tells("a1", "c2") == ["node: the node b was lost as an earlier job ended"]
+    assert next_job_tells("x1") == []  # of another cluster
+    assert next_job_tells("x1", "y1") == []
+    os.utime(kept, (0, 0))
+    assert next_job_tells("x1") == []  # long ago
+    kept.write_text('{"x1": "x", "y')
+    assert next_job_tells("x1") == []
+
+
 def test_a_learner_that_went_on_and_a_disk_that_was_full_are_told_at_once_and_when_it_is_over(tmp_path: Path) -> None:
     def told() -> list[tuple[str, bool]]:
         return [(each.what, each.returned) for each in read_events(tmp_path)]

@@ -1,0 +1,54 @@
+"""The nodes that a job has seen, kept for the next one on its folder: a node may be lost while no job looks.
+
+Ray gives a node up some seconds after it died. A job that dies in between cannot tell of it; the one that goes on does.
+
+Example::
+
+    record = NodeRecord(folder)
+    record.look(cluster.nodes)        # ["10.0.0.7"]: an earlier job saw it a moment before it ended, and it is gone
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rollout.placement_fit import Node
+
+NAME = "nodes.json"
+FRESH_S = 60.0
+"""What has gone from a cluster while no job looked for longer is no news."""
+
+
+class NodeRecord:
+    """`folder`/nodes.json: key -> name, of the last look. One that cannot be written is passed over."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        self._seen: dict[str, str] | None = None
+
+    def look(self, nodes: Sequence[Node]) -> list[str]:
+        """Keeps the nodes that live. At the first look: names of those that an earlier job saw and that are gone."""
+        now = {node.key: node.name for node in nodes}
+        gone = self._gone(now) if self._seen is None else []
+        with suppress(OSError):  # the disk may be full: there is another look
+            if now == self._seen and self._path.exists():
+                os.utime(self._path)
+            else:
+                self._path.write_text(json.dumps(now))
+        self._seen = now
+        return gone
+
+    def _gone(self, now: dict[str, str]) -> list[str]:
+        try:
+            fresh = time.time() - self._path.stat().st_mtime < FRESH_S
+            kept: dict[str, str] = json.loads(self._path.read_text())
+        except (OSError, ValueError):  # none, or torn when its job died
+            return []
+        if not fresh or not now.keys() & kept.keys():  # of another cluster
+            return []
+        return [name for key, name in kept.items() if key not in now]
