@@ -21,6 +21,8 @@ import psutil
 
 GRACE_S = 3.0
 """So long may what Ray has told to end take to do so."""
+GONE_S = 5.0
+"""So long may one that was killed take to be gone: it may hang in the kernel."""
 POLL_S = 0.05
 
 
@@ -59,6 +61,9 @@ def end(processes: Iterable[psutil.Process], grace_s: float = GRACE_S) -> None:
     for process in running:
         with suppress(psutil.Error):
             process.kill()
+    deadline = time.monotonic() + GONE_S
+    while any(_runs(process) for process in running) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def _children(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
