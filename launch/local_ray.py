@@ -66,20 +66,20 @@ def end(processes: Iterable[psutil.Process], grace_s: float = GRACE_S) -> None:
         time.sleep(POLL_S)
 
 
+def _started_by_ray(before: set[psutil.Process], package: str) -> set[psutil.Process]:
+    found: set[psutil.Process] = set()
+    for process in set(psutil.Process().children()) - before:
+        with suppress(psutil.Error):
+            if any(part.startswith(package) for part in process.cmdline()):
+                found.add(process)
+    return found | _children(found)
+
+
 def _children(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
     found: set[psutil.Process] = set()
     for process in processes:
         with suppress(psutil.Error):
             found.update(process.children(recursive=True))
-    return found
-
-
-def _started_by_ray(before: set[psutil.Process], package: str) -> list[psutil.Process]:
-    found: list[psutil.Process] = []
-    for process in set(psutil.Process().children()) - before:
-        with suppress(psutil.Error):
-            if any(part.startswith(package) for part in process.cmdline()):
-                found += [process, *process.children(recursive=True)]
     return found
 
 
@@ -90,7 +90,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def _kept_by_another(processes: list[psutil.Process]) -> Iterator[None]:
+def _kept_by_another(processes: Iterable[psutil.Process]) -> Iterator[None]:
     """Until the end of the block, or of this process, a process of its own session waits to end `processes`."""
     null = subprocess.DEVNULL
     keeper = subprocess.Popen(

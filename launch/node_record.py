@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from launch.run_folder import write_json
 from rollout.placement_fit import Node
 
 NAME = "nodes.json"
@@ -29,26 +30,27 @@ class NodeRecord:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
-        self._seen: dict[str, str] | None = None
+        self._earlier = self._read()
+        """What an earlier job kept, until the first look."""
+        self._kept: dict[str, str] = {}
 
     def look(self, nodes: Sequence[Node]) -> list[str]:
         """Keeps the nodes that live. At the first look: names of those that an earlier job saw and that are gone."""
         now = {node.key: node.name for node in nodes}
-        gone = self._gone(now) if self._seen is None else []
         with suppress(OSError):  # the disk may be full: there is another look
-            if now == self._seen and self._path.exists():
+            if now == self._kept:
                 os.utime(self._path)
             else:
-                self._path.write_text(json.dumps(now))
-        self._seen = now
-        return gone
+                write_json(self._path, now)
+                self._kept = now
+        earlier, self._earlier = self._earlier, {}
+        if not earlier.keys() & now.keys():  # none, or of another cluster
+            return []
+        return [name for key, name in earlier.items() if key not in now]
 
-    def _gone(self, now: dict[str, str]) -> list[str]:
+    def _read(self) -> dict[str, str]:
         try:
             fresh = time.time() - self._path.stat().st_mtime < FRESH_S
-            kept: dict[str, str] = json.loads(self._path.read_text())
-        except (OSError, ValueError):  # none, or torn when its job died
-            return []
-        if not fresh or not now.keys() & kept.keys():  # of another cluster
-            return []
-        return [name for key, name in kept.items() if key not in now]
+            return json.loads(self._path.read_text()) if fresh else {}
+        except (OSError, ValueError):
+            return {}

@@ -290,6 +290,16 @@ def test_a_node_that_was_lost_as_a_job_ended_is_told_by_the_next(tmp_path: Path)
     assert next_job_tells("x1") == []
 
 
+def test_nodes_that_could_not_be_kept_are_kept_at_the_next_look(tmp_path: Path) -> None:
+    watch, kept = ActorWatch(EventRecord(tmp_path)), tmp_path / "nodes.json"
+    cluster = changed(None, [Node(name="a", key="a1", total={"CPU": 1})], {})
+    kept.mkdir()  # nothing can be written there
+    watch.look_at_nodes(cluster)
+    kept.rmdir()
+    watch.look_at_nodes(cluster)
+    assert json.loads(kept.read_text()) == {"a1": "a"}
+
+
 def test_a_learner_that_went_on_and_a_disk_that_was_full_are_told_at_once_and_when_it_is_over(tmp_path: Path) -> None:
     def told() -> list[tuple[str, bool]]:
         return [(each.what, each.returned) for each in read_events(tmp_path)]
